@@ -1,0 +1,314 @@
+"""The contract: what every queue service offers, in the words of OpenStack's claims.
+
+A *claim* holds a batch of messages for its claim TTL. Its holder settles each message (posts what became of
+it, then deletes it), renews the claim while work goes on, or releases what it will not settle; what is
+neither settled nor renewed becomes free again when the claim TTL ends. Messages are delivered at least once.
+"""
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from .errors import ConfigError, MessageRefused
+
+JSON = Any
+"""A JSON value: dict with str keys, list, str, int, float, bool or None."""
+
+MOST_SAFE_DIGITS = 18
+"""An integer of so many digits always fits into signed 64 bits, as Zaqar demands (HTTP 400 otherwise)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message as it was when it was claimed or browsed.
+
+    id: opaque and unique; the same at every receive.
+    body: a JSON value, or the raw text where the body is not JSON.
+    age: seconds since it was posted. ttl: its whole life in seconds, None when it never expires.
+    receive_count: how often it was claimed, this time included; None where the service does not count.
+    handle: what the service itself needs to settle it; not for callers.
+    """
+
+    id: str
+    body: JSON
+    age: float
+    ttl: int | None
+    receive_count: int | None = None
+    handle: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A batch of messages held by one claim. grace: as it was asked for, in seconds; renewals repeat it."""
+
+    id: str
+    queue: str
+    messages: tuple[Message, ...]
+    grace: int
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """A body for a queue. ttl: seconds; None is the longest that the service offers."""
+
+    queue: str
+    body: JSON
+    ttl: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """The end of one message: what to post first, then its delete.
+
+    fenced: delete only while the claim still holds the message. False lets a service delete in bulk without
+    looking at claims; right only where a second holder would come to the very same outcome.
+    """
+
+    message: Message
+    posts: tuple[Post, ...] = ()
+    fenced: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What a settle did. Ids of messages, each in one of the three.
+
+    deleted: their posts are stored and they are gone.
+    lost: the claim no longer held them; another holder will settle them.
+    refused: their posts will never be accepted; they are still held and were not deleted.
+    """
+
+    deleted: frozenset[str]
+    lost: frozenset[str] = frozenset()
+    refused: dict[str, MessageRefused] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Browsed messages in queue order, and the marker to go on behind them."""
+
+    messages: tuple[Message, ...]
+    marker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Numbers of messages in a queue, and the age in seconds of the oldest, None when it is empty or unknown."""
+
+    free: int
+    claimed: int
+    delayed: int
+    oldest_age: float | None
+
+    @property
+    def total(self) -> int:
+        return self.free + self.claimed + self.delayed
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Whole numbers from low to high, both included."""
+
+    low: int
+    high: int
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"{self.low:,} to {self.high:,}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Ranges and capabilities of one service. Callers ask these, never which service it is.
+
+    service: its name, for people. Durations are seconds.
+    grace: None where a claim does not extend a message's life.
+    message_ttl: per message; None where the whole queue has one. keeps_for_ever: a post without TTL never expires.
+    claim_limit: most messages a claim holds. post_batch: most bodies one request posts.
+    message_bytes: most bytes of a body as JSON text.
+    can_browse: looks without claiming. counts_receives: Message.receive_count is given.
+    fenced_delete: a settle notices a lost claim. atomic_settle: posts and deletes are one transaction.
+    releases_one_message: a claim can give back some of its messages. release_delay: longest delay, 0 for none.
+    settle_linger: how long settlements may wait for company to share a request or transaction.
+    """
+
+    service: str
+    claim_ttl: Range
+    grace: Range | None
+    message_ttl: Range | None
+    keeps_for_ever: bool
+    claim_limit: int
+    post_batch: int
+    message_bytes: int
+    can_browse: bool
+    counts_receives: bool
+    fenced_delete: bool
+    atomic_settle: bool
+    releases_one_message: bool
+    release_delay: int
+    settle_linger: float
+
+    def check_queue(self, name: str) -> None:
+        """Raise ConfigError unless the name is 1 to 64 letters, digits, `_` or `-`, which every service takes."""
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+            raise ConfigError(f"queue name {name!r}: use 1 to 64 letters, digits, '_' or '-'")
+
+    def check_claim(self, *, ttl: int, grace: int, limit: int) -> None:
+        """Raise ConfigError unless a claim with these values is possible."""
+        self._check("claim TTL", ttl, self.claim_ttl, "seconds")
+        if self.grace is not None:
+            self._check("grace", grace, self.grace, "seconds")
+        self._check("claim limit", limit, Range(1, self.claim_limit), "messages")
+
+    def check_message_ttl(self, ttl: int | None) -> None:
+        """Raise ConfigError unless a message can live for ttl seconds."""
+        if ttl is not None and self.message_ttl is not None:
+            self._check("message TTL", ttl, self.message_ttl, "seconds")
+
+    def check_release(self, *, delay: float) -> None:
+        """Raise ConfigError unless a release can be delayed by that many seconds."""
+        if not 0 <= delay <= self.release_delay:
+            raise ConfigError(f"release delay {delay}: {self.service} takes 0 to {self.release_delay:,} seconds")
+
+    def encode(self, body: JSON) -> str:
+        """The body as JSON text (ASCII); raise MessageRefused where no queue would take it.
+
+        NaN, infinities, integers outside signed 64 bits and bodies over message_bytes are refused.
+        """
+        try:
+            text = json.dumps(body, allow_nan=False, separators=(",", ":"))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise MessageRefused(f"the body is not JSON: {error}") from error
+        if len(text) > self.message_bytes:
+            raise MessageRefused(f"the body has {len(text):,} bytes; {self.service} takes {self.message_bytes:,}")
+        if len(text) > MOST_SAFE_DIGITS and _has_large_integer(body):
+            raise MessageRefused("the body holds an integer outside signed 64 bits")
+        return text
+
+    def _check(self, what: str, value: int, allowed: Range, unit: str) -> None:
+        if value not in allowed:
+            raise ConfigError(f"{what} {value}: {self.service} takes {allowed} {unit}")
+
+
+class Queues(ABC):
+    """The queues of one service. Thread-safe: one object serves a whole process.
+
+    Every operation raises QueueUnavailable when the service cannot answer now, StoreError when a local file
+    cannot be used, and ConfigError for values outside `limits` before anything is sent.
+    """
+
+    limits: Limits
+
+    @abstractmethod
+    def create(self, queue: str) -> None:
+        """Make the queue; one that exists stays as it is."""
+
+    @abstractmethod
+    def exists(self, queue: str) -> bool:
+        """Say whether the queue can be used without create()."""
+
+    @abstractmethod
+    def post(self, queue: str, bodies: Sequence[JSON], *, ttl: int | None = None) -> list[str]:
+        """Store the bodies, in order, and return their message ids once they are durable.
+
+        ttl: seconds each may live; None is the longest that the service offers.
+        Raises MessageRefused when none was stored because one can never be, PostIncomplete when a post of
+        several requests ended half way, QueueNotFound where the queue must be created first.
+        """
+
+    @abstractmethod
+    def claim(self, queue: str, *, ttl: int, grace: int, limit: int, wait: float = 0) -> Claim | None:
+        """Take up to `limit` free messages, oldest first, for `ttl` seconds; None when there is none.
+
+        grace: a message that would expire before the claim ends lives on until `grace` seconds after it.
+        wait: seconds to wait for the first message, in the cheapest way the service has.
+        """
+
+    @abstractmethod
+    def renew(self, claim: Claim, *, ttl: int, messages: Collection[Message] | None = None) -> None:
+        """Hold on for `ttl` seconds from now. messages: those still open (default: all of the claim).
+
+        Raises ClaimLost when the claim lapsed or was released.
+        """
+
+    @abstractmethod
+    def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
+        """Post what became of each message, then delete it; a crash in between repeats, never loses.
+
+        One transaction where limits.atomic_settle: then nothing is posted for a message that is lost.
+        After QueueUnavailable the same call may be repeated: a post may then be stored twice.
+        """
+
+    @abstractmethod
+    def release(self, claim: Claim, messages: Collection[Message] | None = None, *, delay: float = 0) -> None:
+        """Give messages back (default: all), claimable at once, or after `delay` seconds, at their old place.
+
+        What the claim no longer holds is left alone: releasing twice, or too late, is no error.
+        Raises ConfigError for some of a claim's messages where not limits.releases_one_message.
+        """
+
+    @abstractmethod
+    def browse(self, queue: str, *, after: str = "", limit: int = 20, claimed: bool = False, wait: float = 0) -> Page:
+        """Look at up to `limit` messages behind the marker `after` without claiming; changes nothing.
+
+        claimed: show also those that a claim holds or that are delayed. wait: seconds to wait for a first one.
+        Raises ConfigError where not limits.can_browse.
+        """
+
+    @abstractmethod
+    def end_marker(self, queue: str) -> str:
+        """The marker behind the newest message: what is posted from now on comes after it."""
+
+    @abstractmethod
+    def delete(self, queue: str, ids: Sequence[str]) -> None:
+        """Remove messages that no claim holds; a claimed or unknown one is left alone."""
+
+    @abstractmethod
+    def purge(self, queue: str) -> None:
+        """Remove all messages of the queue, claimed ones too."""
+
+    @abstractmethod
+    def stats(self, queue: str) -> Stats:
+        """Count the messages that can still be delivered. A failure raises; it never looks like empty."""
+
+    @abstractmethod
+    def stop_waiting(self) -> None:
+        """End every wait of this object, present and future; callable from any thread."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free connections and files; no other call may follow."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def decode(text: str) -> JSON:
+    """The JSON value of a stored body, or the text itself where it is not JSON (NaN and infinities are not)."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _has_large_integer(value: JSON) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_large_integer, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_has_large_integer, value))
+    return isinstance(value, int) and not -(2**63) <= value < 2**63

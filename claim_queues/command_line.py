@@ -1,0 +1,181 @@
+"""What the command lines share: option types, environment variables, errors and exit codes, logging."""
+
+import json
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NoReturn
+
+import click
+
+from .base import Range
+from .errors import ConfigError, QueuesError
+
+__version__ = "0.1.0"
+
+SETTINGS: dict[str, Any] = {
+    "auto_envvar_prefix": "WIDGET",
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 100,
+}
+
+option = partial(click.option, show_default=True, show_envvar=True)
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class WholeNumber(click.ParamType[int]):
+    """A whole number in ASCII digits, from low to high; click's own takes `1_000` and other scripts' digits."""
+
+    name = "integer"
+
+    def __init__(self, low: int, high: int, unit: str = "") -> None:
+        self.range = Range(low, high)
+        self.unit = f" {unit}" if unit else ""
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        if not re.fullmatch(r"[0-9]{1,12}", value) or int(value) not in self.range:
+            self.fail(f"{value!r} is not a whole number from {self.range}{self.unit}.", param, ctx)
+        return int(value)
+
+
+class Number(click.ParamType[float]):
+    """A decimal number in ASCII digits, from low to high."""
+
+    name = "number"
+
+    def __init__(self, low: float, high: float, unit: str = "") -> None:
+        self.low, self.high = low, high
+        self.unit = f" {unit}" if unit else ""
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float | int):
+            return float(value)
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value) or not self.low <= float(value) <= self.high:
+            self.fail(f"{value!r} is not a number from {self.low:g} to {self.high:,g}{self.unit}.", param, ctx)
+        return float(value)
+
+
+def queue_options(*names: str) -> Decorator:
+    """--queue-url, --create and the options that name the given queues: `request`, `response`, `dead-letter`."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name in reversed(names):
+            function = option(
+                f"--{name}-queue", default=f"itchy-octo-chainsaw-{name}", help=f"Name of the {name} queue."
+            )(function)
+        function = option("--create", is_flag=True, help="Create queues that are missing.")(function)
+        return option(
+            "--queue-url",
+            metavar="URL",
+            help="Queue service: sqlite:///PATH, rackspace://REGION, zaqar://CLOUD or sqs://REGION."
+            "  [default: one SQLite file per user]",
+        )(function)
+
+    return decorate
+
+
+def distinct(*queues: str) -> None:
+    """Raise ConfigError when two of the queues are one."""
+    if len({queue.casefold() for queue in queues}) < len(queues):
+        raise ConfigError(f"the queues must differ: {', '.join(queues)}")
+
+
+def one_line(text: object, limit: int = 256) -> str:
+    """The text with what would break a line or steer a terminal escaped, cut at `limit` characters."""
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[: limit + 1])
+    return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
+
+
+def run(command: click.Command, prog_name: str) -> NoReturn:
+    """Run the command and exit by the table of exit codes; an error is one line on stderr."""
+    try:
+        code = command.main(prog_name=prog_name, standalone_mode=False) or 0
+        sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help())
+        code = 2
+    except click.ClickException as error:
+        code = _report(error.format_message(), error.exit_code if isinstance(error, click.UsageError) else 2)
+    except QueuesError as error:
+        code = _report(str(error), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        code = 130
+    except OSError as error:
+        code = _report(str(error), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # its flush at exit would fail again
+    sys.exit(code)
+
+
+def _report(message: str, code: int) -> int:
+    click.echo(f"error: {one_line(message, 1000)}", err=True)
+    return code
+
+
+class Log:
+    """Events with fields, one line each: `log.info("created", message=..., widget=...)`."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def debug(self, event: str, **fields: object) -> None:
+        self._logger.debug(event, extra={"fields": fields})
+
+    def info(self, event: str, **fields: object) -> None:
+        self._logger.info(event, extra={"fields": fields})
+
+    def warning(self, event: str, **fields: object) -> None:
+        self._logger.warning(event, extra={"fields": fields})
+
+    def error(self, event: str, *, exc_info: bool = False, **fields: object) -> None:
+        self._logger.error(event, extra={"fields": fields}, exc_info=exc_info)
+
+
+def configure_logging(form: str, level: str) -> None:
+    """Log to stderr as `text` (time, level, event, key=value) or `json` (one object a line)."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonFormatter() if form == "json" else _TextFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for chatty in ("urllib3", "botocore", "keystoneauth", "pyrax"):  # they print headers, with tokens, at debug
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+class _TextFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
+        fields = getattr(record, "fields", {})
+        words = [f"{moment}.{int(record.msecs):03d} {record.levelname.lower():7} {one_line(record.getMessage(), 500)}"]
+        words += [f"{key}={_quoted(value)}" for key, value in fields.items() if value is not None]
+        if record.exc_info:
+            words.append(one_line(self.formatException(record.exc_info), 4000))
+        return " ".join(words)
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **{key: value for key, value in getattr(record, "fields", {}).items() if value is not None},
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def _quoted(value: object) -> str:
+    text = one_line(value)
+    return json.dumps(text, ensure_ascii=False) if " " in text or '"' in text else text

@@ -1,0 +1,390 @@
+"""The embedded queues: one SQLite file, shared by any number of processes on one machine.
+
+Semantics follow OpenStack Zaqar's. Times in the file are UTC milliseconds. A message is free while `held_until`
+is 0 or past, claimed while it lies ahead and `claim` is set, delayed while it lies ahead and `claim` is not.
+"""
+
+import json
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from .base import JSON, Claim, Limits, Message, Page, Queues, Range, Settled, Settlement, Stats, decode
+from .errors import ClaimLost, MessageRefused, StoreError
+from .store import open_store, store_errors, transaction
+
+try:
+    from inotify_simple import INotify, flags
+except ImportError:  # not Linux: the wait below looks every RECHECK_BLIND_S instead
+    INotify = None
+
+LIMITS = Limits(
+    service="the embedded queue",
+    claim_ttl=Range(60, 43_200),
+    grace=Range(60, 43_200),
+    message_ttl=Range(60, 1_209_600),
+    keeps_for_ever=True,
+    claim_limit=20,
+    post_batch=1_000,
+    message_bytes=262_144,
+    can_browse=True,
+    counts_receives=True,
+    fenced_delete=True,
+    atomic_settle=True,
+    releases_one_message=True,
+    release_delay=43_200,
+    settle_linger=0.002,
+)
+
+RECHECK_S = 1.0
+"""Longest sleep without a look, for a poster that died between its commit and its touch."""
+RECHECK_BLIND_S = 0.05
+PURGE_BATCH = 1_000
+NEVER_MS = 2**62
+
+APPLICATION_ID = 0x51C1A135
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE store (id TEXT NOT NULL) STRICT;
+INSERT INTO store VALUES (lower(hex(randomblob(4))));
+CREATE TABLE queues (number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE) STRICT;
+CREATE TABLE messages (
+    place INTEGER PRIMARY KEY AUTOINCREMENT,
+    queue INTEGER NOT NULL,
+    held_until INTEGER NOT NULL DEFAULT 0,
+    claim TEXT,
+    receives INTEGER NOT NULL DEFAULT 0,
+    posted INTEGER NOT NULL,
+    expires INTEGER,
+    body BLOB NOT NULL
+) STRICT;
+CREATE INDEX by_hold ON messages (queue, held_until, place);
+CREATE INDEX by_expiry ON messages (expires) WHERE expires IS NOT NULL;
+"""
+
+ALIVE = "(expires IS NULL OR expires > :now)"
+IN_PLACES = "place IN (SELECT value FROM json_each(:places))"
+HELD_BY_CLAIM = f"{IN_PLACES} AND claim = :claim AND held_until > :now"
+COLUMNS = "place, body, posted, expires, receives"
+
+
+class SqliteQueues(Queues):
+    """Queues in one file. clock: the wall clock in seconds, the same for all processes on the file."""
+
+    limits = LIMITS
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self._path = path
+        self._clock = clock
+        self._lock = threading.Lock()  # one connection: threads queue here, only processes meet in SQLite
+        self._stop_reader, self._stop_writer = os.pipe()
+        self._numbers: dict[str, int] = {}
+        self._connection = open_store(path, application_id=APPLICATION_ID, version=SCHEMA_VERSION, schema=SCHEMA)
+        with store_errors(path):
+            self._store_id: str = self._connection.execute("SELECT id FROM store").get
+
+    def create(self, queue: str) -> None:
+        with self._writing():
+            self._number(queue)
+
+    def exists(self, queue: str) -> bool:
+        """True: a queue of the embedded service is made by its first use."""
+        self.limits.check_queue(queue)
+        return True
+
+    def post(self, queue: str, bodies: Sequence[JSON], *, ttl: int | None = None) -> list[str]:
+        self.limits.check_message_ttl(ttl)
+        texts = [self.limits.encode(body) for body in bodies]
+        if not texts:
+            return []
+        with self._writing() as now:
+            self._insert(now, [(queue, text, ttl) for text in texts])
+            last = self._connection.last_insert_rowid()
+        self._touch()
+        return [self._id(place) for place in range(last - len(texts) + 1, last + 1)]
+
+    def claim(self, queue: str, *, ttl: int, grace: int, limit: int, wait: float = 0) -> Claim | None:
+        self.limits.check_claim(ttl=ttl, grace=grace, limit=limit)
+        with self._waiting(wait) as wait_for_post:
+            while True:
+                if self._has_free(queue) and (claim := self._claim(queue, ttl, grace, limit)):
+                    return claim
+                if not wait_for_post(queue):
+                    return None
+
+    def renew(self, claim: Claim, *, ttl: int, messages: Collection[Message] | None = None) -> None:
+        self.limits.check_claim(ttl=ttl, grace=claim.grace, limit=1)
+        with self._writing() as now:
+            values = self._held(claim, messages, now) | {"until": now + ttl * 1000, "grace": claim.grace * 1000}
+            self._connection.execute(
+                "UPDATE messages SET held_until = :until,"
+                " expires = CASE WHEN expires < :until THEN :until + :grace ELSE expires END"
+                f" WHERE {HELD_BY_CLAIM}",
+                values,
+            )
+            if self._connection.changes() == 0:
+                raise ClaimLost(f"claim {claim.id} on {claim.queue} lapsed or was released")
+
+    def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
+        refused: dict[str, MessageRefused] = {}
+        posts: dict[str, list[tuple[str, str, int | None]]] = {}
+        for settlement in settlements:
+            try:
+                posts[settlement.message.id] = [
+                    (post.queue, self.limits.encode(post.body), post.ttl) for post in settlement.posts
+                ]
+            except MessageRefused as error:
+                refused[settlement.message.id] = error
+        acceptable = [settlement.message for settlement in settlements if settlement.message.id in posts]
+        with self._writing() as now:
+            # One transaction: posts and deletes become durable together, so their order here is free.
+            rows = self._connection.execute(
+                f"DELETE FROM messages WHERE {HELD_BY_CLAIM} RETURNING place", self._held(claim, acceptable, now)
+            )
+            deleted = frozenset(self._id(place) for (place,) in rows)
+            self._insert(now, [post for id_, found in posts.items() if id_ in deleted for post in found])
+        if any(posts[id_] for id_ in deleted):
+            self._touch()
+        return Settled(deleted=deleted, lost=frozenset(posts) - deleted, refused=refused)
+
+    def release(self, claim: Claim, messages: Collection[Message] | None = None, *, delay: float = 0) -> None:
+        self.limits.check_release(delay=delay)
+        with self._writing() as now:
+            until = now + round(delay * 1000) if delay else 0
+            self._connection.execute(
+                f"UPDATE messages SET claim = NULL, held_until = :until WHERE {HELD_BY_CLAIM}",
+                self._held(claim, messages, now) | {"until": until},
+            )
+        self._touch()
+
+    def browse(self, queue: str, *, after: str = "", limit: int = 20, claimed: bool = False, wait: float = 0) -> Page:
+        with self._waiting(wait) as wait_for_post:
+            while True:
+                page = self._browse(queue, int(after or 0), limit, claimed)
+                if page.messages or not wait_for_post(queue):
+                    return page
+
+    def end_marker(self, queue: str) -> str:
+        with self._reading():
+            return str(self._connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'messages'").get or 0)
+
+    def delete(self, queue: str, ids: Sequence[str]) -> None:
+        with self._writing() as now:
+            self._connection.execute(
+                f"DELETE FROM messages WHERE {IN_PLACES} AND queue = :queue AND held_until <= :now",
+                {"places": self._places(ids), "queue": self._number(queue), "now": now},
+            )
+
+    def purge(self, queue: str) -> None:
+        with self._writing():
+            self._connection.execute("DELETE FROM messages WHERE queue = ?", (self._number(queue),))
+
+    def stats(self, queue: str) -> Stats:
+        with self._reading() as now:
+            free, claimed, delayed, oldest = self._connection.execute(
+                f"""
+                SELECT (SELECT count(*) FROM messages WHERE queue = :queue AND held_until <= :now)
+                     - (SELECT count(*) FROM messages WHERE expires <= :now AND queue = :queue AND held_until <= :now),
+                    (SELECT count(*) FROM messages WHERE queue = :queue AND held_until > :now AND claim IS NOT NULL),
+                    (SELECT count(*) FROM messages
+                        WHERE queue = :queue AND held_until > :now AND claim IS NULL AND {ALIVE}),
+                    (SELECT min(posted) FROM (
+                        SELECT * FROM (SELECT posted FROM messages
+                            WHERE queue = :queue AND held_until = 0 AND {ALIVE} ORDER BY place LIMIT 1)
+                        UNION ALL
+                        SELECT posted FROM messages WHERE queue = :queue AND held_until > 0 AND {ALIVE}))
+                """,
+                {"queue": self._known(queue), "now": now},
+            ).get
+        return Stats(free, claimed, delayed, None if oldest is None else max(0, now - oldest) / 1000)
+
+    def stop_waiting(self) -> None:
+        os.write(self._stop_writer, b"\0")  # never read: the pipe stays readable, so every later wait ends too
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+            os.close(self._stop_reader)
+            os.close(self._stop_writer)
+
+    def check_integrity(self) -> None:
+        """Read the whole file and compare it with itself; raise StoreError where it is damaged."""
+        with self._reading(), store_errors(self._path):
+            problem = self._connection.execute("PRAGMA quick_check(1)").get
+        if problem != "ok":
+            raise StoreError(f"{self._path}: is damaged ({problem}): restore a copy, or move it away")
+
+    def _claim(self, queue: str, ttl: int, grace: int, limit: int) -> Claim | None:
+        claim_id = os.urandom(12).hex()
+        with self._writing() as now:
+            values = {
+                "queue": self._number(queue),
+                "now": now,
+                "claim": claim_id,
+                "until": now + ttl * 1000,
+                "grace": grace * 1000,
+                "limit": limit,
+                "batch": PURGE_BATCH,
+            }
+            self._connection.execute(
+                "DELETE FROM messages WHERE place IN (SELECT place FROM messages WHERE expires <= :now LIMIT :batch)",
+                values,
+            )
+            self._connection.execute(
+                "UPDATE messages SET held_until = 0, claim = NULL"
+                " WHERE queue = :queue AND held_until BETWEEN 1 AND :now",
+                values,
+            )
+            rows = self._connection.execute(
+                f"""
+                UPDATE messages SET claim = :claim, held_until = :until, receives = receives + 1,
+                    expires = CASE WHEN expires < :until THEN :until + :grace ELSE expires END
+                WHERE place IN (SELECT place FROM messages
+                    WHERE queue = :queue AND held_until = 0 AND {ALIVE} ORDER BY place LIMIT :limit)
+                RETURNING {COLUMNS}
+                """,
+                values,
+            ).fetchall()
+        messages = self._messages(sorted(rows), now)
+        return Claim(claim_id, queue, messages, grace) if messages else None
+
+    def _has_free(self, queue: str) -> bool:
+        """Look before taking the write lock: an idle consumer must not stand in a busy one's way."""
+        with self._reading() as now:
+            found = self._connection.execute(
+                f"SELECT 1 FROM messages WHERE queue = :queue AND held_until <= :now AND {ALIVE} LIMIT 1",
+                {"queue": self._known(queue), "now": now},
+            ).get
+        return found is not None
+
+    def _browse(self, queue: str, after: int, limit: int, claimed: bool) -> Page:
+        with self._reading() as now:
+            rows = self._connection.execute(
+                f"""
+                SELECT * FROM (SELECT {COLUMNS} FROM messages
+                    WHERE queue = :queue AND held_until = 0 AND place > :after AND {ALIVE} ORDER BY place LIMIT :limit)
+                UNION ALL
+                SELECT {COLUMNS} FROM messages
+                    WHERE queue = :queue AND held_until BETWEEN 1 AND :until AND place > :after AND {ALIVE}
+                ORDER BY place LIMIT :limit
+                """,
+                {
+                    "queue": self._known(queue),
+                    "now": now,
+                    "after": after,
+                    "until": NEVER_MS if claimed else now,
+                    "limit": limit,
+                },
+            ).fetchall()
+        return Page(self._messages(rows, now), str(rows[-1][0] if rows else after))
+
+    def _insert(self, now: int, posts: Iterable[tuple[str, str, int | None]]) -> None:
+        posts = list(posts)
+        numbers = {queue: self._number(queue) for queue in {post[0] for post in posts}}
+        self._connection.executemany(
+            "INSERT INTO messages (queue, posted, expires, body) VALUES (?, ?, ?, ?)",
+            [
+                (numbers[queue], now, None if ttl is None else now + ttl * 1000, text.encode())
+                for queue, text, ttl in posts
+            ],
+        )
+
+    def _messages(self, rows: Iterable[tuple[Any, ...]], now: int) -> tuple[Message, ...]:
+        return tuple(
+            Message(
+                id=self._id(place),
+                body=decode(body),
+                age=max(0, now - posted) / 1000,
+                ttl=None if expires is None else (expires - posted) // 1000,
+                receive_count=receives,
+            )
+            for place, body, posted, expires, receives in rows
+        )
+
+    def _number(self, queue: str) -> int:
+        """The queue's number, given to it at its first use; inside a write transaction."""
+        if (number := self._known(queue)) == 0:
+            self._connection.execute("INSERT INTO queues (name) VALUES (?)", (queue,))
+            number = self._connection.last_insert_rowid()
+        return number
+
+    def _known(self, queue: str) -> int:
+        """The queue's number, 0 when it was never used."""
+        if (number := self._numbers.get(queue)) is None:
+            self.limits.check_queue(queue)
+            number = self._connection.execute("SELECT number FROM queues WHERE name = ?", (queue,)).get or 0
+            if number and not self._connection.in_transaction:  # a number may still be rolled back
+                self._numbers[queue] = number
+        return int(number)
+
+    def _id(self, place: int) -> str:
+        return f"{self._store_id}{place:016x}"
+
+    def _places(self, ids: Iterable[str]) -> str:
+        """The places of these message ids as a JSON array; ids of other files have none."""
+        size = len(self._store_id)
+        return json.dumps([int(id_[size:], 16) for id_ in ids if id_.startswith(self._store_id)])
+
+    def _held(self, claim: Claim, messages: Collection[Message] | None, now: int) -> dict[str, Any]:
+        ids = [message.id for message in (claim.messages if messages is None else messages)]
+        return {"places": self._places(ids), "claim": claim.id, "now": now}
+
+    @contextmanager
+    def _reading(self) -> Iterator[int]:
+        """Alone on the connection; gives the time in milliseconds."""
+        with self._lock, store_errors(self._path):
+            yield int(self._clock() * 1000)
+
+    @contextmanager
+    def _writing(self) -> Iterator[int]:
+        """Alone on the file, in a transaction that is durable when the block ends; gives the time in milliseconds."""
+        with self._lock, store_errors(self._path), transaction(self._connection):
+            yield int(self._clock() * 1000)
+
+    def _touch(self) -> None:
+        """Wake waiting processes. A changed time stamp is the one event that comes after a commit, not before."""
+        with suppress(OSError):
+            os.utime(self._path)
+
+    @contextmanager
+    def _waiting(self, wait: float) -> Iterator[Callable[[str], bool]]:
+        """Give a function that sleeps until a look is worthwhile, and answers False once the wait is over.
+
+        Watching starts before the caller's first look, so nothing posted in between is missed.
+        """
+        deadline = time.monotonic() + wait
+        if wait <= 0:
+            yield lambda queue: False
+            return
+        with ExitStack() as stack:
+            watch = None
+            with suppress(OSError):  # the user's inotify instances are used up (128 by default)
+                if INotify is not None:
+                    watch = stack.enter_context(INotify(nonblocking=True))
+                    watch.add_watch(self._path, flags.ATTRIB)
+            yield lambda queue: self._sleep(queue, deadline, watch)
+
+    def _sleep(self, queue: str, deadline: float, watch: Any) -> bool:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return False
+        with self._reading() as now:
+            due = self._connection.execute(
+                "SELECT min(held_until) FROM messages WHERE queue = ? AND held_until > ?", (self._known(queue), now)
+            ).get
+        longest = min(left, RECHECK_BLIND_S if watch is None else RECHECK_S)
+        if due is not None:
+            longest = min(longest, max(0, due - now) / 1000 + 0.001)
+        poll = select.poll()
+        for source in (self._stop_reader, watch):
+            if source is not None:
+                poll.register(source, select.POLLIN)
+        ready = [descriptor for descriptor, _ in poll.poll(longest * 1000)]
+        if watch is not None:
+            watch.read(timeout=0)
+        return self._stop_reader not in ready

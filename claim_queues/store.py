@@ -1,0 +1,137 @@
+"""Open a local SQLite file so that what is committed survives a power cut, and say plainly when it cannot be.
+
+The library's own SQLite is used (through apsw): 3.7.0 to 3.51.2 can damage a write-ahead log that several
+processes share (https://sqlite.org/wal.html#walresetbug, read 2026-11-23).
+"""
+
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import apsw
+import platformdirs
+
+from .errors import QueueUnavailable, StoreError
+
+APPLICATION = "itchy-octo-chainsaw"
+BUSY_TIMEOUT_S = 5.0
+FIRST_SOUND_SQLITE = 3_051_003
+SYNCHRONOUS_FULL = 2
+
+
+def state_path(name: str) -> Path:
+    """Where the file of that name lies for this user, whatever the working directory; makes the directory."""
+    directory = platformdirs.user_state_path(APPLICATION, appauthor=False)
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{directory}: the directory cannot be made: {error.strerror}") from error
+    return directory / name
+
+
+def open_store(path: Path, *, application_id: int, version: int, schema: str) -> apsw.Connection:
+    """Open the file, or make it with the schema, in WAL mode with every commit synced.
+
+    application_id: marks the file as ours. version: of the schema; a newer file is refused.
+    Raises StoreError, and leaves the file untouched, where it is not a file, not ours, damaged, not writable or
+    newer. Raises QueueUnavailable where another process keeps it locked for 5 seconds.
+    """
+    if apsw.SQLITE_VERSION_NUMBER < FIRST_SOUND_SQLITE:
+        raise StoreError(f"SQLite {apsw.sqlite_lib_version()} can damage files that processes share: upgrade apsw")
+    _create_private(path)
+    with store_errors(path):
+        connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
+        try:
+            connection.set_busy_timeout(int(BUSY_TIMEOUT_S * 1000))
+            _refuse_foreign(connection, path, application_id, version)
+            _make_durable(connection, path)
+            _migrate(connection, application_id, version, schema)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+@contextmanager
+def store_errors(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors into StoreError, or into QueueUnavailable for a locked file."""
+    try:
+        yield
+    except (apsw.BusyError, apsw.LockedError) as error:
+        raise QueueUnavailable(f"{path}: another process kept the file locked for {BUSY_TIMEOUT_S:.0f} s") from error
+    except apsw.FullError as error:
+        raise StoreError(f"{path}: no space is left on the disk: make room and start again") from error
+    except (apsw.ReadOnlyError, apsw.PermissionsError, apsw.CantOpenError) as error:
+        raise StoreError(f"{path}: cannot be opened for writing: check the file and its directory") from error
+    except (apsw.CorruptError, apsw.NotADBError) as error:
+        raise StoreError(
+            f"{path}: is damaged or no SQLite file: it was left as it is; restore a copy, or move it away"
+        ) from error
+    except apsw.Error as error:
+        raise StoreError(f"{path}: {error}") from error
+
+
+@contextmanager
+def transaction(connection: apsw.Connection) -> Iterator[None]:
+    """A write transaction. IMMEDIATE: a read that turns into a write fails at once, whatever the busy timeout."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _create_private(path: Path) -> None:
+    """Make an empty file that only its owner reads; anything there already but a regular file is refused."""
+    try:
+        # Closing a descriptor of a file that SQLite has open drops its locks: only a new file is opened here.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise StoreError(f"{path}: is no regular file: name a file") from None
+        except OSError as error:
+            raise StoreError(f"{path}: {error.strerror}") from error
+    except OSError as error:
+        raise StoreError(f"{path}: the file cannot be made: {error.strerror}") from error
+
+
+def _refuse_foreign(connection: apsw.Connection, path: Path, application_id: int, version: int) -> None:
+    if connection.readonly("main"):
+        raise StoreError(f"{path}: is not writable: check the file's permissions")
+    found_id, found_version = connection.pragma("application_id"), connection.pragma("user_version")
+    is_new = connection.execute("SELECT count(*) FROM sqlite_schema").get == 0
+    if not is_new and found_id != application_id:
+        raise StoreError(f"{path}: belongs to another program: name another file")
+    if found_version > version:
+        raise StoreError(f"{path}: was made by a newer version of this program ({found_version}): upgrade")
+
+
+def _make_durable(connection: apsw.Connection, path: Path) -> None:
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while connection.pragma("journal_mode") != "wal":
+        try:
+            connection.pragma("journal_mode", "wal")
+        except apsw.BusyError:  # SQLite does not wait here, and two processes may open a new file at once
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+    connection.pragma("synchronous", "FULL")
+    if connection.pragma("synchronous") != SYNCHRONOUS_FULL:
+        raise StoreError(f"{path}: this SQLite does not sync its commits")
+
+
+def _migrate(connection: apsw.Connection, application_id: int, version: int, schema: str) -> None:
+    if connection.pragma("user_version") == version:
+        return
+    with transaction(connection):
+        if connection.pragma("user_version") != version:
+            connection.execute(schema)
+            connection.pragma("application_id", application_id)
+            connection.pragma("user_version", version)
