@@ -136,6 +136,7 @@ class Limits:
     fenced_delete: a settle notices a lost claim. atomic_settle: posts and deletes are one transaction.
     releases_one_message: a claim can give back some of its messages. release_delay: longest delay, 0 for none.
     settle_linger: how long settlements may wait for company to share a request or transaction.
+    stats_settle: how long stats must say empty before that can be believed; 0 where they are exact.
     """
 
     service: str
@@ -153,6 +154,7 @@ class Limits:
     releases_one_message: bool
     release_delay: int
     settle_linger: float
+    stats_settle: float = 0
 
     def check_queue(self, name: str) -> None:
         """Raise ConfigError unless the name is 1 to 64 letters, digits, `_` or `-`, which every service takes."""
@@ -201,9 +203,12 @@ class Queues(ABC):
 
     Every operation raises QueueUnavailable when the service cannot answer now, StoreError when a local file
     cannot be used, and ConfigError for values outside `limits` before anything is sent.
+
+    address: names the service and the account or file, without secrets, alike in all processes that share it.
     """
 
     limits: Limits
+    address: str
 
     @abstractmethod
     def create(self, queue: str) -> None:
@@ -276,6 +281,13 @@ class Queues(ABC):
     @abstractmethod
     def stats(self, queue: str) -> Stats:
         """Count the messages that can still be delivered. A failure raises; it never looks like empty."""
+
+    def inspect(self, queue: str) -> list[str]:
+        """Look for what would surprise its users, such as a receive limit of the service's own; in words, one each.
+
+        Raises StoreError where a file proves damaged.
+        """
+        return []
 
     @abstractmethod
     def stop_waiting(self) -> None:

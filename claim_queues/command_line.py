@@ -6,26 +6,26 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import click
 
-from .base import Range
-from .errors import ConfigError, QueuesError
+from .base import Queues, Range
+from .errors import ConfigError, QueueNotFound, QueuesError
 
 __version__ = "0.1.0"
 
-SETTINGS: dict[str, Any] = {
-    "auto_envvar_prefix": "WIDGET",
-    "help_option_names": ["-h", "--help"],
-    "max_content_width": 100,
-}
-
-option = partial(click.option, show_default=True, show_envvar=True)
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def option(name: str, *parameter: str, **attributes: Any) -> Decorator:
+    """An option that shows its default and can also be given as WIDGET_NAME in the environment."""
+    variable = "WIDGET_" + name.removeprefix("--").replace("-", "_").upper()
+    shown: dict[str, Any] = {"show_default": True, "show_envvar": True, "envvar": variable}
+    return click.option(name, *parameter, **shown | attributes)
 
 
 class WholeNumber(click.ParamType[int]):
@@ -93,16 +93,25 @@ def distinct(*queues: str) -> None:
         raise ConfigError(f"the queues must differ: {', '.join(queues)}")
 
 
+def require_queues(queues: Queues, names: Iterable[str], *, create: bool) -> None:
+    """Create queues that are missing, or raise QueueNotFound: a wrong name must not look like an empty queue."""
+    for name in names:
+        if create:
+            queues.create(name)
+        elif not queues.exists(name):
+            raise QueueNotFound(f"queue {name} does not exist at {queues.address}: create it with --create")
+
+
 def one_line(text: object, limit: int = 256) -> str:
     """The text with what would break a line or steer a terminal escaped, cut at `limit` characters."""
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[: limit + 1])
     return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
 
 
-def run(command: click.Command, prog_name: str) -> NoReturn:
+def run(command: click.Command) -> NoReturn:
     """Run the command and exit by the table of exit codes; an error is one line on stderr."""
     try:
-        code = command.main(prog_name=prog_name, standalone_mode=False) or 0
+        code = command.main(standalone_mode=False) or 0
         sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help())
@@ -139,8 +148,8 @@ class Log:
     def warning(self, event: str, **fields: object) -> None:
         self._logger.warning(event, extra={"fields": fields})
 
-    def error(self, event: str, *, exc_info: bool = False, **fields: object) -> None:
-        self._logger.error(event, extra={"fields": fields}, exc_info=exc_info)
+    def error(self, event: str, **fields: object) -> None:
+        self._logger.error(event, extra={"fields": fields})
 
 
 def configure_logging(form: str, level: str) -> None:

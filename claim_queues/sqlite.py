@@ -79,6 +79,7 @@ class SqliteQueues(Queues):
     limits = LIMITS
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self.address = f"sqlite:///{path.absolute()}"
         self._path = path
         self._clock = clock
         self._lock = threading.Lock()  # one connection: threads queue here, only processes meet in SQLite
@@ -212,12 +213,13 @@ class SqliteQueues(Queues):
             os.close(self._stop_reader)
             os.close(self._stop_writer)
 
-    def check_integrity(self) -> None:
+    def inspect(self, queue: str) -> list[str]:
         """Read the whole file and compare it with itself; raise StoreError where it is damaged."""
-        with self._reading(), store_errors(self._path):
+        with self._reading():
             problem = self._connection.execute("PRAGMA quick_check(1)").get
         if problem != "ok":
             raise StoreError(f"{self._path}: is damaged ({problem}): restore a copy, or move it away")
+        return []
 
     def _claim(self, queue: str, ttl: int, grace: int, limit: int) -> Claim | None:
         claim_id = os.urandom(12).hex()

@@ -1,0 +1,174 @@
+"""How often each message was received: a dict of counts by message id.
+
+Most claim-based services do not say how often a message was received, and a message that fails every time must
+end somewhere, so the consumer counts. Two numbers: *receives*, never lowered, and those of them that are
+*excused* because the message was not to blame (the maker was down, the consumer was stopped).
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from claim_queues.base import Message
+from claim_queues.store import open_store, store_errors, transaction
+
+MOST_IN_MEMORY = 100_000
+"""Beyond this the ids that were received longest ago leave the dict, settled or not."""
+LONGEST_HOLD_S = 86_400
+"""A message outlives its TTL by at most the longest claim (43,200 s) and the longest grace (43,200 s)."""
+LONGEST_TTL_S = 1_209_600
+SWEEP_EVERY_S = 60
+
+APPLICATION_ID = 0x51C1A136
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE receives (
+    source TEXT NOT NULL,
+    message_id TEXT NOT NULL,
+    count INTEGER NOT NULL,
+    excused INTEGER NOT NULL,
+    first_at REAL NOT NULL,
+    dies_at REAL NOT NULL,
+    PRIMARY KEY (source, message_id)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX by_death ON receives (dies_at);
+"""
+
+
+@dataclass(slots=True)
+class Receives:
+    """count: times received, never lowered. excused: those that do not count against the message.
+
+    first_at, last_at: UTC seconds of the first and the last receive. dies_at: when the message is surely gone.
+    stored: the file holds a row for it.
+    """
+
+    count: int
+    excused: int
+    first_at: float
+    last_at: float
+    dies_at: float
+    stored: bool = False
+
+    @property
+    def charged(self) -> int:
+        """The receives that count against the message; what --max-receives is compared with."""
+        return self.count - self.excused
+
+
+class ReceiveCounts:
+    """Counts by message id. An id leaves when its message is settled, or older than its message can live.
+
+    path: a file shared by this machine's consumers, or None for memory only. source: the queue, in that file.
+    counted_by_service: the service's own count is exact, so that only excuses need the file.
+    Thread-safe. Raises StoreError where the file cannot be used.
+    """
+
+    def __init__(
+        self, path: Path | None, source: str, *, counted_by_service: bool, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._counts: dict[str, Receives] = {}
+        self._source = source
+        self._counted_by_service = counted_by_service
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._path = path or Path()
+        self._swept_at = clock()
+        self._file = path and open_store(path, application_id=APPLICATION_ID, version=SCHEMA_VERSION, schema=SCHEMA)
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def __getitem__(self, message_id: str) -> Receives:
+        return self._counts[message_id]
+
+    def received(self, messages: Sequence[Message]) -> list[Receives]:
+        """Count one more receive of each message; never fewer than its service or the file knows of.
+
+        Where the service does not count, the new counts are durable before this returns.
+        """
+        with self._lock:
+            now = self._clock()
+            self._sweep(now)
+            self._read([message.id for message in messages])
+            for message in messages:
+                known = self._counts.pop(message.id, None) or Receives(0, 0, now, now, 0)
+                known.count = max(known.count + 1, message.receive_count or 0)
+                known.last_at = now
+                known.dies_at = now + self._life_left(message) + LONGEST_HOLD_S
+                self._counts[message.id] = known  # put last: the dict stays in order of last receive
+            if not self._counted_by_service:
+                self._write([message.id for message in messages])
+            while len(self._counts) > MOST_IN_MEMORY:
+                del self._counts[next(iter(self._counts))]
+            return [self._counts[message.id] for message in messages]
+
+    def excuse(self, message_ids: Iterable[str]) -> None:
+        """Take the last receive of each message off what counts against it."""
+        with self._lock:
+            excused = [id_ for id_ in message_ids if id_ in self._counts]
+            for id_ in excused:
+                entry = self._counts[id_]
+                entry.excused = min(entry.excused + 1, entry.count)
+            self._write(excused)
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        """Drop settled messages."""
+        with self._lock:
+            gone = [(id_, self._counts.pop(id_)) for id_ in message_ids if id_ in self._counts]
+            stored = [(self._source, id_) for id_, entry in gone if entry.stored]
+            if self._file and stored:
+                with store_errors(self._path), transaction(self._file):
+                    self._file.executemany("DELETE FROM receives WHERE source = ? AND message_id = ?", stored)
+
+    def close(self) -> None:
+        """Close the file; the counts in it stay for the next consumer."""
+        if self._file:
+            self._file.close()
+
+    def _life_left(self, message: Message) -> float:
+        return LONGEST_TTL_S if message.ttl is None else max(0, message.ttl - message.age)
+
+    def _read(self, ids: list[str]) -> None:
+        """Take over what other consumers of this machine wrote; their numbers only ever grow."""
+        if not self._file:
+            return
+        with store_errors(self._path):
+            rows: list[Any] = self._file.execute(
+                "SELECT message_id, count, excused, first_at, dies_at FROM receives"
+                " WHERE source = ? AND message_id IN (SELECT value FROM json_each(?))",
+                (self._source, json.dumps(ids)),
+            ).fetchall()
+        for id_, count, excused, first_at, dies_at in rows:
+            known = self._counts.setdefault(id_, Receives(0, 0, first_at, first_at, dies_at))
+            known.count, known.excused = max(known.count, count), max(known.excused, excused)
+            known.first_at, known.stored = min(known.first_at, first_at), True
+
+    def _write(self, ids: Iterable[str]) -> None:
+        if not self._file or not ids:
+            return
+        rows = []
+        for id_ in ids:
+            entry = self._counts[id_]
+            entry.stored = True
+            rows.append((self._source, id_, entry.count, entry.excused, entry.first_at, entry.dies_at))
+        with store_errors(self._path), transaction(self._file):
+            self._file.executemany(
+                "INSERT INTO receives VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
+                " count = max(count, excluded.count), excused = max(excused, excluded.excused),"
+                " dies_at = max(dies_at, excluded.dies_at)",
+                rows,
+            )
+
+    def _sweep(self, now: float) -> None:
+        if now - self._swept_at < SWEEP_EVERY_S:
+            return
+        self._swept_at = now
+        self._counts = {id_: entry for id_, entry in self._counts.items() if entry.dies_at > now}
+        if self._file:
+            with store_errors(self._path), transaction(self._file):
+                self._file.execute("DELETE FROM receives WHERE dies_at <= ?", (now,))
