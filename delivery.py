@@ -1,26 +1,26 @@
 """Deliver one request to the widget maker, and say what its answer means.
 
-answer of the maker                                     kind           whose fault
-201 or 200, JSON naming the same widget id              CREATED
-400, 413, 415, 422 with the maker's own JSON error      REJECTED       the request's
-any other 5xx                                           FAILED         the message's, unless everything fails
-none, 408, 425, 429, 502, 503, 504                      UNAVAILABLE    the maker's, unless others pass
-everything else: a redirect, a login, another server    MISCONFIGURED  ours: that is not our maker
+answer of the maker                                     outcome   failure
+201 or 200, JSON naming the same widget id              created
+400, 413, 415, 422 with the maker's own JSON error      rejected
+any other 5xx                                                     FAILED
+none, 408, 425, 429, 502, 503, 504                                UNAVAILABLE
+everything else: a redirect, a login, another server              MISCONFIGURED
 """
 
 import email.utils
 import http.client
 import json
 import os
-import random
 import re
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from enum import Enum
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -28,39 +28,115 @@ import requests
 import urllib3
 
 from claim_queues import JSON, ConfigError, QueuesError
+from claim_queues.breaker import Failure
 from claim_queues.command_line import __version__
+from claim_queues.keeper import Held
+from receive_counts import Receives
 
 CONNECT_TIMEOUT_S = 5.0
 MOST_ANSWER_BYTES = 65_536
 LONGEST_RETRY_AFTER_S = 3_600.0
+RESPONSE_IDS = uuid.UUID("8f3f2a0c-5d0f-5a52-9c0b-6f1f5f1d2c11")
 
 REJECTING = frozenset({400, 413, 415, 422})
 UNAVAILABLE = frozenset({408, 425, 429, 502, 503, 504})
 
 
-class Kind(Enum):
-    """What an answer means for the request."""
-
-    CREATED = "created"
-    REJECTED = "rejected"
-    FAILED = "failed"
-    UNAVAILABLE = "unavailable"
-    MISCONFIGURED = "misconfigured"
-
-
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """status: HTTP status, None without an answer. reason: for people. retry_after_s: as the maker asked, or None."""
+    """What the maker's answer means: an outcome (`created` or `rejected`), or a failure and no outcome yet.
 
-    kind: Kind
+    status: HTTP status, None without an answer. reason: for people. retry_after_s: as the maker asked, or None.
+    """
+
+    outcome: str | None
+    failure: Failure | None
     status: int | None
     reason: str = ""
     retry_after_s: float | None = None
 
+
+NO_ANSWER = Answer(None, None, None)
+
+
+@dataclass(eq=False, slots=True)
+class Delivery:
+    """One received message on its way to the maker, with the maker's latest answer.
+
+    probe: it tries whether the maker is back. alone: so did it the last time, so its failure alone proves nothing.
+    """
+
+    held: Held
+    receives: Receives
+    probe: bool = False
+    alone: bool = False
+    answer: Answer = NO_ANSWER
+
     @property
-    def passed(self) -> bool:
-        """The maker did its work for the request, whatever it thought of it."""
-        return self.kind in (Kind.CREATED, Kind.REJECTED)
+    def id(self) -> str:
+        return self.held.message.id
+
+    @property
+    def failure(self) -> Failure | None:
+        return self.answer.failure
+
+    @property
+    def retry_after_s(self) -> float | None:
+        return self.answer.retry_after_s
+
+    @property
+    def widget_id(self) -> str | None:
+        """The id that the request asks for; None when the body is no request."""
+        body = self.held.message.body
+        found = body.get("widget_id") if isinstance(body, dict) else None
+        return found if isinstance(found, str) else None
+
+    def fields(self) -> dict[str, object]:
+        """What every log line about the message says."""
+        return {
+            "message": self.id,
+            "widget": self.widget_id,
+            "receives": self.receives.count,
+            "status": self.answer.status,
+        }
+
+    def headers(self, queue: str) -> dict[str, str]:
+        """What the POST tells of the message beside the request itself."""
+        message = self.held.message
+        return {
+            "Idempotency-Key": message.id,
+            "webhook-id": message.id,
+            "X-Message-Receive-Count": str(self.receives.count),
+            "X-Message-Queue": queue,
+            "X-Message-Age": str(int(message.age)),
+        }
+
+    def response(self, outcome: str, reason: str) -> dict[str, JSON]:
+        """The body for the response queue; response_id is the same for a repeated response."""
+        return {
+            "version": 1,
+            "response_id": str(uuid.uuid5(RESPONSE_IDS, f"{self.id} {outcome}")),
+            "request_id": self.id,
+            "widget_id": self.widget_id,
+            "outcome": outcome,
+            "reason": reason,
+            "status": self.answer.status,
+            "receive_count": self.receives.count,
+        }
+
+    def dead_letter(self, queue: str, reason: str) -> dict[str, JSON]:
+        """The body for the dead-letter queue: the original body, and everything that is known of it."""
+        return {
+            "version": 1,
+            "request_id": self.id,
+            "queue": queue,
+            "body": self.held.message.body,
+            "reason": reason,
+            "status": self.answer.status,
+            "receive_count": self.receives.count,
+            "first_received_at": _iso(self.receives.first_at),
+            "last_received_at": _iso(self.receives.last_at),
+        }
 
 
 class MakerMisconfigured(QueuesError):
@@ -87,19 +163,16 @@ class Maker:
         return Connection(self)
 
     def is_healthy(self) -> bool:
-        """Say whether the maker's /healthz answers 200."""
+        """Say whether the maker's /healthz answers as ours does: 200 and `{"status": "ok"}`."""
         with requests.Session() as session:
             session.trust_env = False
+            timeout = min(CONNECT_TIMEOUT_S, self.deadline_s)
             try:
-                answer = session.get(
-                    self._health_url,
-                    timeout=min(CONNECT_TIMEOUT_S, self.deadline_s),
-                    allow_redirects=False,
-                    stream=True,
-                )
-            except requests.RequestException:
+                answer = session.get(self._health_url, timeout=timeout, allow_redirects=False, stream=True)
+                content = answer.raw.read(MOST_ANSWER_BYTES)
+            except (requests.RequestException, urllib3.exceptions.HTTPError):
                 return False
-            return bool(answer.status_code == requests.codes.ok)
+            return bool(answer.status_code == requests.codes.ok and _json_object(content).get("status") == "ok")
 
     @contextmanager
     def deadline(self, connection: "Connection") -> Iterator[None]:
@@ -114,7 +187,7 @@ class Maker:
         # A POST that starts during a sleep ends after it: every POST has the same number of seconds.
         nap = self.deadline_s
         while True:
-            time.sleep(max(nap, 0.001))
+            time.sleep(max(nap, 0.01))
             now = time.monotonic()
             for connection, deadline in list(self._posting.items()):
                 if deadline <= now:
@@ -149,7 +222,7 @@ class Connection:
                 status, found, body = self._exchange(json.dumps(request, allow_nan=False), headers)
         except (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError) as error:
             self.close()
-            return Answer(Kind.UNAVAILABLE, None, self._explain(error))
+            return Answer(None, Failure.UNAVAILABLE, None, self._explain(error))
         return judge(status, found, body, request["widget_id"])
 
     def abort(self) -> None:
@@ -169,14 +242,20 @@ class Connection:
             transport.timeout = min(CONNECT_TIMEOUT_S, self._maker.deadline_s)
             transport.connect()
         transport.timeout = self._maker.deadline_s
+        self._check_deadline()
         transport.request(
             "POST", self._maker.target, body.encode(), _HEADERS | headers, preload_content=False, decode_content=False
         )
         response = transport.getresponse()
         content = response.read(MOST_ANSWER_BYTES + 1)
-        if len(content) > MOST_ANSWER_BYTES or self._aborted:
+        self._check_deadline()  # the abort may look like the end of the answer
+        if len(content) > MOST_ANSWER_BYTES:
             transport.close()
         return response.status, response.headers, content
+
+    def _check_deadline(self) -> None:
+        if self._aborted:
+            raise TimeoutError
 
     def _explain(self, error: Exception) -> str:
         cause = error.__cause__ or error
@@ -200,18 +279,17 @@ def judge(status: int, headers: Mapping[str, str], body: bytes, widget_id: str) 
     reason = error.get("message") if isinstance(error, dict) and isinstance(error.get("code"), str) else None
     retry_after_s = parse_retry_after(headers.get("Retry-After"))
     if status in (200, 201) and str(content.get("id")).lower() == widget_id.lower():
-        return Answer(Kind.CREATED, status)
+        return Answer("created", None, status)
     if status in REJECTING and isinstance(reason, str):
-        return Answer(Kind.REJECTED, status, reason)
+        return Answer("rejected", None, status, reason)
     if status in UNAVAILABLE:
-        return Answer(Kind.UNAVAILABLE, status, _reason(reason, status), retry_after_s)
+        return Answer(None, Failure.UNAVAILABLE, status, _reason(reason, status), retry_after_s)
     if status >= 500:  # noqa: PLR2004
-        return Answer(Kind.FAILED, status, _reason(reason, status), retry_after_s)
+        return Answer(None, Failure.FAILED, status, _reason(reason, status), retry_after_s)
     if 300 <= status < 400:  # noqa: PLR2004
-        return Answer(
-            Kind.MISCONFIGURED, status, f"redirected (HTTP {status}) to {headers.get('Location')}: not followed"
-        )
-    return Answer(Kind.MISCONFIGURED, status, f"HTTP {status}, but not as the widget maker answers")
+        reason = f"redirected (HTTP {status}) to {headers.get('Location')}: not followed"
+        return Answer(None, Failure.MISCONFIGURED, status, reason)
+    return Answer(None, Failure.MISCONFIGURED, status, f"HTTP {status}, but not as the widget maker answers")
 
 
 def _reason(reason: JSON, status: int) -> str:
@@ -229,59 +307,6 @@ def parse_retry_after(value: str | None, *, now: Callable[[], float] = time.time
     except (ValueError, OverflowError):
         return None
     return min(max(0.0, moment - now()), LONGEST_RETRY_AFTER_S)
-
-
-def backoff(attempt: int, *, base_s: float, longest_s: float, uniform: Callable[[float, float], float]) -> float:
-    """Seconds to wait before attempt number attempt + 1: exponential with full jitter."""
-    return uniform(0, min(longest_s, base_s * 2.0 ** min(attempt, 32)))
-
-
-class Breaker:
-    """Whether the maker can be trusted with more than a probe.
-
-    It opens when MOST_FAILURES different messages failed in a row, when no answer showed who was to blame for a
-    failure, or at once when nothing has ever passed and the maker does not look like ours. Not thread-safe.
-    """
-
-    MOST_FAILURES = 10
-    FIRST_PAUSE_S = 1.0
-    LONGEST_PAUSE_S = 60.0
-
-    def __init__(self, *, uniform: Callable[[float, float], float] = random.uniform) -> None:
-        self._uniform = uniform
-        self.is_open = False
-        self.row: list[str] = []
-        self.last_failed = ""
-        self.next_probe_at = 0.0
-        self._ever_passed = False
-        self._failed_probes = 0
-
-    def passed(self) -> None:
-        """The maker did its work for some message: it is well."""
-        self.is_open = False
-        self._ever_passed = True
-        self.row.clear()
-        self._failed_probes = 0
-
-    def failed(self, message_id: str, answer: Answer) -> bool:
-        """The message failed; True when the breaker has to open now."""
-        self.row.append(message_id)
-        self.last_failed = message_id
-        if self.is_open:
-            return False
-        strange = answer.kind is Kind.MISCONFIGURED and not self._ever_passed
-        return strange or len(set(self.row)) >= self.MOST_FAILURES
-
-    def open(self, answer: Answer, now: float) -> list[str]:
-        """Open, or stay open after a failed probe; returns the messages that failed since the maker was well."""
-        self.is_open = True
-        pause = backoff(
-            self._failed_probes, base_s=self.FIRST_PAUSE_S, longest_s=self.LONGEST_PAUSE_S, uniform=self._uniform
-        )
-        self._failed_probes += 1
-        self.next_probe_at = now + max(pause, answer.retry_after_s or 0)
-        row, self.row = self.row, []
-        return row
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
@@ -304,3 +329,7 @@ def _checked(url: str) -> Any:
     if parts.username is not None or parts.fragment:
         raise ConfigError("maker URL: it must hold neither credentials nor a fragment")
     return parts
+
+
+def _iso(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -2,8 +2,9 @@
 """Claim requests, POST each to the widget maker, and by its answer delete the message or give it back.
 
 One message's life: `_claim` and `_admit` (the receive is counted first of all), `_work` (the POST), `_conclude` (what
-the answer means), `_settle` (response or dead letter first, then the delete) or `_blame` (back to the queue). The
-order is the safety: a crash anywhere repeats a request, never loses one, and the maker makes a widget once.
+the answer means), then `_settle` (response or dead letter first, then the delete) or `_blame` and `_excuse` (back to
+the queue). The order is the safety: a crash anywhere repeats a request, never loses one, and the maker makes a widget
+once.
 """
 
 import os
@@ -12,11 +13,9 @@ import random
 import signal
 import threading
 import time
-import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from claim_queues import (
     QueueUnavailable,
     open_queues,
 )
+from claim_queues.breaker import LONGEST_PAUSE_S, Breaker, Failure, Verdict, backoff
 from claim_queues.command_line import (
     SETTINGS,
     Log,
@@ -46,55 +46,20 @@ from claim_queues.command_line import (
 )
 from claim_queues.keeper import End, Held, Keeper
 from claim_queues.store import state_path
-from delivery import Answer, Breaker, Connection, Kind, Maker, MakerMisconfigured, backoff
-from receive_counts import ReceiveCounts, Receives
+from delivery import Connection, Delivery, Maker, MakerMisconfigured
+from receive_counts import ReceiveCounts
 
 POST_SPARE_S = 5.0
 """A POST starts only while the claim is surely held for the deadline and so much more, to settle in."""
 BACKOFF_BASE_S, LONGEST_BACKOFF_S = 0.5, 300.0
 MOST_BACKOFFS_PER_SLOT = 5
-SUSPECT_S = 1.0
-"""How long a message whose POST got no answer waits for another's answer to show whether the maker is up."""
 CLAIM_PAUSE_S, LONGEST_CLAIM_PAUSE_S = 0.5, 30.0
 CHECK_QUEUES_EVERY_S = 60.0
 MISCONFIGURED_DRAIN_S = 60.0
-RESPONSE_IDS = uuid.UUID("8f3f2a0c-5d0f-5a52-9c0b-6f1f5f1d2c11")
 
-UNTRIED = Answer(Kind.UNAVAILABLE, None, "the maker's /healthz does not answer")
+NOT_OUR_MAKER = "this is not our widget maker: check --maker-url"
 
 log = Log("widget_consumer")
-
-
-@dataclass(eq=False, slots=True)
-class Delivery:
-    """One received message on its way to the maker, with the maker's latest answer.
-
-    probe: it tries whether the maker is back. alone: so did it the last time, so its failure proves nothing.
-    due: monotonic time at which a suspect's case is closed.
-    """
-
-    held: Held
-    receives: Receives
-    probe: bool = False
-    alone: bool = False
-    answer: Answer = UNTRIED
-    due: float = 0.0
-
-    @property
-    def id(self) -> str:
-        return self.held.message.id
-
-    @property
-    def widget_id(self) -> str | None:
-        """The id that the request asks for; None when the body is no request."""
-        body = self.held.message.body
-        found = body.get("widget_id") if isinstance(body, dict) else None
-        return found if isinstance(found, str) else None
-
-    def fields(self) -> dict[str, object]:
-        """What every log line about the message says."""
-        status = self.answer.status
-        return {"message": self.id, "widget": self.widget_id, "receives": self.receives.count, "status": status}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,18 +105,16 @@ class Consumer:
         self._counts = counts
         self._settings = settings
         self._uniform = uniform
-        self._breaker = Breaker(uniform=uniform)
+        self._breaker: Breaker[Delivery] = Breaker(uniform=uniform)
         self._lock = threading.RLock()
         self._has_work = threading.Condition(self._lock)  # the slots wait for it
         self._has_room = threading.Condition(self._lock)  # the claiming thread waits for it
         self._waiting: deque[Delivery] = deque()
-        self._posting: set[Delivery] = set()
-        self._suspects: list[Delivery] = []
+        self._posting = 0
         self._stopping = False
-        self._failure: Exception | None = None
+        self._error: Exception | None = None
         self._failing: set[str] = set()
-        self._reported: Kind | None = None
-        self._opened_at = self._misconfigured_since = 0.0
+        self._reported = ""
         self._next_check_at = 0.0
         self._empty_since: float | None = None
         self.totals: Counter[str] = Counter()
@@ -169,9 +132,10 @@ class Consumer:
         self.stop()
         for slot in slots:
             slot.join()
-        self._keeper.close(self._maker.deadline_s)
-        if self._failure is not None:
-            raise self._failure
+        if left := self._keeper.close(self._maker.deadline_s):
+            log.warning("not given back: free again when their claims end", messages=left)
+        if self._error is not None:
+            raise self._error
 
     def stop(self) -> None:
         """Claim nothing more, let POSTs in flight end, give everything else back at once. From any thread."""
@@ -179,8 +143,9 @@ class Consumer:
             self._stopping = True
             self._has_work.notify_all()
             self._has_room.notify_all()
-            self._queues.stop_waiting()
-            self._give_all_back()
+            self._excuse([*self._breaker.take_suspects(), *self._take_waiting()])
+        self._queues.stop_waiting()
+        self._keeper.hurry()
 
     def status(self) -> dict[str, int]:
         """What goes on now: messages held and waiting for a slot, POSTs in flight, and 1 for an open breaker."""
@@ -188,9 +153,11 @@ class Consumer:
             return {
                 "held": self._keeper.count(),
                 "waiting": len(self._waiting),
-                "posting": len(self._posting),
+                "posting": self._posting,
                 "breaker_open": int(self._breaker.is_open),
             }
+
+    # Claim
 
     def _claim_until_done(self) -> None:
         pause = 0.0
@@ -213,16 +180,17 @@ class Consumer:
         with self._lock:
             while not self._stopping:
                 now = time.monotonic()
+                decide_at = self._breaker.decide_at
                 if self._breaker.is_open:
                     self._end_misconfigured_drain(now)
                     busy = bool(self._waiting or self._posting)
                     if not busy and now >= self._breaker.next_probe_at:
                         return 1
                     self._has_room.wait(None if busy else self._breaker.next_probe_at - now)
-                elif self._suspects and now >= self._suspects[0].due:
-                    self._open_breaker(self._suspects[-1].answer)
+                elif decide_at is not None and now >= decide_at:
+                    self._act_on(self._breaker.undecided())
                 elif len(self._waiting) >= self._settings.slots:
-                    self._has_room.wait()
+                    self._has_room.wait(None if decide_at is None else decide_at - now)
                 elif self._keeper.backing_off() > MOST_BACKOFFS_PER_SLOT * self._settings.slots:
                     self._has_room.wait(CLAIM_PAUSE_S)
                 else:
@@ -237,11 +205,10 @@ class Consumer:
 
     def _probe(self) -> bool:
         """Claim one message to try the maker with: another than the one that failed last, if there is another."""
-        if self._suspects and self._claim(1, wait=0):
+        if self._claim(1, wait=0):
             return True
         with self._lock:
-            while self._suspects:
-                self._excuse(self._suspects.pop())
+            self._excuse(self._breaker.take_suspects())
         return self._claim(1, self._settings.poll_interval)
 
     def _is_done(self) -> bool:
@@ -272,10 +239,12 @@ class Consumer:
                 elif counted.charged > self._settings.max_receives:
                     self._bury(delivery, f"received {counted.charged} times without an outcome")
                 elif self._stopping or (probe and len(found) > 1):
-                    self._excuse(delivery)
+                    self._excuse([delivery])
                 else:
                     self._waiting.append(delivery)
             self._has_work.notify(len(found))
+
+    # POST
 
     def _work(self) -> None:
         """One slot: POST one message after the other."""
@@ -283,8 +252,8 @@ class Consumer:
         while (delivery := self._next_delivery()) is not None:
             if self._keeper.holds(delivery.held, self._maker.deadline_s + POST_SPARE_S):
                 started = time.monotonic()
-                to_blame = self._post(delivery, connection)
-                self._conclude(delivery, to_blame=to_blame, seconds=time.monotonic() - started)
+                guilty = self._post(delivery, connection)
+                self._conclude(delivery, guilty=guilty, seconds=time.monotonic() - started)
             else:
                 self._drop(delivery)
         connection.close()
@@ -295,162 +264,107 @@ class Consumer:
             if self._stopping:
                 return None
             delivery = self._waiting.popleft()
-            self._posting.add(delivery)
+            self._posting += 1
             if len(self._waiting) == self._settings.slots - 1:
                 self._has_room.notify()
             return delivery
 
     def _post(self, delivery: Delivery, connection: Connection) -> bool:
-        """POST; True when the message is to blame: it failed alone, while the maker was well before and after."""
-        message = delivery.held.message
-        if delivery.alone and not self._maker.is_healthy():
-            return False
-        headers = {
-            "Idempotency-Key": message.id,
-            "webhook-id": message.id,
-            "X-Message-Receive-Count": str(delivery.receives.count),
-            "X-Message-Queue": self._settings.request_queue,
-            "X-Message-Age": str(int(message.age)),
-        }
-        delivery.answer = connection.post(message.body, headers)
-        return delivery.alone and not delivery.answer.passed and self._maker.is_healthy()
-
-    def _conclude(self, delivery: Delivery, *, to_blame: bool, seconds: float) -> None:
-        """Act on the maker's answer."""
-        answer = delivery.answer
-        with self._lock:
-            self._posting.discard(delivery)
-            if answer.passed:
-                self._maker_is_well()
-                self._settle(delivery, answer.kind.value, answer.reason, fenced=False)
-                log.info(
-                    answer.kind.value, **delivery.fields(), reason=answer.reason or None, ms=round(seconds * 1000, 1)
-                )
-            else:
-                self._judge_failure(delivery, to_blame=to_blame)
-            self._has_room.notify()
-
-    def _maker_is_well(self) -> None:
-        """A request passed: so those that failed meanwhile failed by their own fault."""
-        if self._breaker.is_open:
-            log.info("the maker is back", after_s=round(time.monotonic() - self._opened_at, 1))
-        self._breaker.passed()
-        self._misconfigured_since = 0.0
-        suspects, self._suspects = self._suspects, []
-        for suspect in suspects:
-            self._blame(suspect)
-
-    def _judge_failure(self, delivery: Delivery, *, to_blame: bool) -> None:
-        """Blame the message, or suspect it until the maker's next answers show whose fault it was."""
-        answer = delivery.answer
-        was_open = self._breaker.is_open
-        must_open = self._breaker.failed(delivery.id, answer)
-        if to_blame or (answer.kind is Kind.FAILED and not was_open and not must_open):
-            self._blame(delivery)
-        elif was_open and not delivery.probe:
-            self._excuse(delivery)
-        else:
-            delivery.due = time.monotonic() + SUSPECT_S
-            self._suspects.append(delivery)
-        if must_open or delivery.probe:
-            self._open_breaker(answer)
-
-    def _open_breaker(self, answer: Answer) -> None:
-        """The maker is not well: blame nobody, keep the latest failure, give all else back, and only probe from now."""
-        now = time.monotonic()
-        if not self._breaker.is_open:
-            self._opened_at = now
-        if answer.kind is not Kind.MISCONFIGURED:
-            self._misconfigured_since = 0.0
-        elif not self._misconfigured_since:
-            self._misconfigured_since = now
-        self._report_maker(answer)
-        failed = self._breaker.open(answer, now)
-        kept, self._suspects = self._suspects[-1:], self._suspects[:-1]
-        suspected = {suspect.id for suspect in [*kept, *self._suspects]}
-        self._give_all_back()
-        self._suspects = kept
-        self._counts.excuse(id_ for id_ in failed if id_ not in suspected)
-
-    def _report_maker(self, answer: Answer) -> None:
-        """One line when the maker goes, or when what is wrong with it changes."""
-        if self._breaker.is_open and self._reported is answer.kind:
-            return
-        self._reported = answer.kind
-        if answer.kind is Kind.MISCONFIGURED:
-            log.error("this is not our widget maker: check --maker-url", url=self._maker.url, reason=answer.reason)
-        else:
-            log.warning("the maker is unavailable: probing until it is back", url=self._maker.url, reason=answer.reason)
-
-    def _end_misconfigured_drain(self, now: float) -> None:
-        since = self._misconfigured_since
-        if self._settings.drain and since and now - since >= MISCONFIGURED_DRAIN_S:
-            raise MakerMisconfigured(
-                f"{self._maker.url} is not our widget maker: check --maker-url; the queue is as it was"
-            )
-
-    def _blame(self, delivery: Delivery) -> None:
-        """The failure counts: the message comes back after a backoff or, received often enough, is a dead letter."""
-        charged, answer = delivery.receives.charged, delivery.answer
-        if charged >= self._settings.max_receives:
-            self._bury(delivery, answer.reason)
-            return
-        jittered = backoff(charged, base_s=BACKOFF_BASE_S, longest_s=LONGEST_BACKOFF_S, uniform=self._uniform)
-        delay = max(jittered, answer.retry_after_s or 0)
-        self.totals["retried"] += 1
-        log.warning("failed, comes back", **delivery.fields(), reason=answer.reason, backoff_s=round(delay, 1))
-        self._keeper.give_back(delivery.held, delay=delay)
-
-    def _excuse(self, delivery: Delivery) -> None:
-        """Give the message back at once; this receive does not count against it."""
-        self.totals["excused"] += 1
-        self._counts.excuse([delivery.id])
-        self._keeper.give_back(delivery.held)
+        """POST; True when it failed alone: without another message to try, the maker was well before and after."""
+        well_before = delivery.alone and self._maker.is_healthy()
+        headers = delivery.headers(self._settings.request_queue)
+        delivery.answer = connection.post(delivery.held.message.body, headers)
+        return well_before and delivery.failure is not None and self._maker.is_healthy()
 
     def _drop(self, delivery: Delivery) -> None:
         """The claim could not be held for a POST: the message is another's, or goes back."""
         with self._lock:
-            self._posting.discard(delivery)
+            self._posting -= 1
             if not delivery.held.lost:
-                self._excuse(delivery)
+                self._excuse([delivery])
             self._has_room.notify()
 
-    def _give_all_back(self) -> None:
-        for delivery in [*self._waiting, *self._suspects]:
-            self._excuse(delivery)
+    # Act on the answer
+
+    def _conclude(self, delivery: Delivery, *, guilty: bool, seconds: float) -> None:
+        answer = delivery.answer
+        with self._lock:
+            self._posting -= 1
+            was_open = self._breaker.is_open
+            if answer.outcome is None:
+                self._act_on(self._breaker.failed(delivery, probe=delivery.probe, guilty=guilty))
+            else:
+                took = round(seconds * 1000, 1)
+                log.info(answer.outcome, **delivery.fields(), reason=answer.reason or None, ms=took)
+                self._settle(delivery, answer.outcome, answer.reason, fenced=False)
+                self._act_on(Verdict(blamed=self._breaker.passed()))
+            if was_open and not self._breaker.is_open:
+                self._reported = ""
+                log.info("the maker is back", after_s=round(time.monotonic() - self._breaker.opened_at, 1))
+            self._has_room.notify()
+
+    def _act_on(self, verdict: Verdict[Delivery]) -> None:
+        """Blame and excuse as the breaker says; when it opens, give back all that waits for a slot."""
+        for delivery in verdict.blamed:
+            self._blame(delivery)
+        self._counts.excuse(verdict.pardoned)
+        self._excuse(verdict.excused, longest_backoff_s=LONGEST_PAUSE_S)
+        if verdict.opened_by is not None:
+            self._report_maker(verdict.opened_by)
+            self._excuse(self._take_waiting())
+
+    def _report_maker(self, delivery: Delivery) -> None:
+        """One line when the maker goes, and when what is wrong with it changes."""
+        misconfigured = delivery.failure is Failure.MISCONFIGURED
+        event = NOT_OUR_MAKER if misconfigured else "the maker is unavailable: probing until it is back"
+        if event != self._reported:
+            say = log.error if misconfigured else log.warning
+            say(event, url=self._maker.url, reason=delivery.answer.reason)
+        self._reported = event
+
+    def _end_misconfigured_drain(self, now: float) -> None:
+        since = self._breaker.misconfigured_since
+        if self._settings.drain and since is not None and now - since >= MISCONFIGURED_DRAIN_S:
+            raise MakerMisconfigured(f"{self._maker.url}: {NOT_OUR_MAKER}; the queue is as it was")
+
+    def _blame(self, delivery: Delivery) -> None:
+        """The failure counts: the message comes back after a backoff or, received often enough, is a dead letter."""
+        charged, answer = delivery.receives.charged, delivery.answer
+        if delivery.held.lost:
+            return
+        if charged >= self._settings.max_receives:
+            self._bury(delivery, answer.reason)
+            return
+        delay = max(self._backoff(charged, LONGEST_BACKOFF_S), answer.retry_after_s or 0)
+        self.totals["retried"] += 1
+        log.warning("failed, comes back", **delivery.fields(), reason=answer.reason, backoff_s=round(delay, 1))
+        self._keeper.give_back(delivery.held, delay=delay)
+
+    def _excuse(self, deliveries: Collection[Delivery], *, longest_backoff_s: float = 0) -> None:
+        """Give the messages back, by default at once; this receive does not count against them."""
+        self.totals["excused"] += len(deliveries)
+        self._counts.excuse([delivery.id for delivery in deliveries])
+        for delivery in deliveries:
+            self._keeper.give_back(delivery.held, delay=self._backoff(delivery.receives.count, longest_backoff_s))
+
+    def _backoff(self, attempt: int, longest_s: float) -> float:
+        return backoff(attempt, base_s=BACKOFF_BASE_S, longest_s=longest_s, uniform=self._uniform)
+
+    def _take_waiting(self) -> list[Delivery]:
+        waiting = list(self._waiting)
         self._waiting.clear()
-        self._suspects.clear()
+        return waiting
 
     def _bury(self, delivery: Delivery, reason: str) -> None:
-        """Make the message a dead letter, with everything that is known of it."""
-        message, receives = delivery.held.message, delivery.receives
-        letter = {
-            "version": 1,
-            "request_id": message.id,
-            "queue": self._settings.request_queue,
-            "body": message.body,
-            "reason": reason,
-            "status": delivery.answer.status,
-            "receive_count": receives.count,
-            "first_received_at": _iso(receives.first_at),
-            "last_received_at": _iso(receives.last_at),
-        }
+        """Make the message a dead letter."""
         log.error("dead letter", **delivery.fields(), reason=reason)
+        letter = delivery.dead_letter(self._settings.request_queue, reason)
         self._settle(delivery, "failed", reason, Post(self._settings.dead_letter_queue, letter), fenced=True)
 
     def _settle(self, delivery: Delivery, outcome: str, reason: str, *letters: Post, fenced: bool) -> None:
         """Post the response, and delete the message only then."""
         self.totals[outcome] += 1
-        response = {
-            "version": 1,
-            "response_id": str(uuid.uuid5(RESPONSE_IDS, f"{delivery.id} {outcome}")),
-            "request_id": delivery.id,
-            "widget_id": delivery.widget_id,
-            "outcome": outcome,
-            "reason": reason,
-            "status": delivery.answer.status,
-            "receive_count": delivery.receives.count,
-        }
+        response = delivery.response(outcome, reason)
         post = Post(self._settings.response_queue, response, self._settings.response_ttl)
         self._keeper.settle(delivery.held, [*letters, post], fenced=fenced)
 
@@ -463,15 +377,14 @@ class Consumer:
 
     # What the keeper tells (KeeperEvents)
 
-    def message_ended(self, held: Held, end: End) -> None:
+    def messages_ended(self, ended: list[Held], end: End) -> None:
+        ids = [held.message.id for held in ended]
         if end is End.SETTLED:
-            self._counts.forget([held.message.id])
-        if end is End.LOST:
-            log.warning("claim lost: another consumer gets the message", message=held.message.id)
-            with self._lock:
-                self.totals["lost"] += 1
-                self._waiting = deque(delivery for delivery in self._waiting if delivery.held is not held)
-                self._suspects = [delivery for delivery in self._suspects if delivery.held is not held]
+            self._counts.forget(ids)
+        elif end is End.LOST:
+            self.totals["lost"] += len(ids)
+            for id_ in ids:
+                log.warning("claim lost: another consumer gets the message", message=id_)
 
     def message_refused(self, held: Held, error: MessageRefused) -> None:
         log.error("no queue takes the outcome: the message stays queued", message=held.message.id, reason=str(error))
@@ -484,7 +397,7 @@ class Consumer:
 
     def keeper_died(self, error: Exception) -> None:
         with self._lock:
-            self._failure = self._failure or error
+            self._error = self._error or error
         self.stop()
 
     def _service_fails(self, doing: str, error: Exception) -> None:
@@ -497,10 +410,6 @@ class Consumer:
         if doing in self._failing:
             self._failing.discard(doing)
             log.info("the queue service is back", doing=doing)
-
-
-def _iso(moment: float) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def serve_metrics(consumer: Consumer, port: int) -> None:

@@ -55,8 +55,8 @@ class Held:
 class KeeperEvents(Protocol):
     """What a keeper tells its owner, from the keeper's thread and without holding any lock."""
 
-    def message_ended(self, held: Held, end: End) -> None:
-        """The message is no longer held."""
+    def messages_ended(self, ended: list[Held], end: End) -> None:
+        """The messages are no longer held."""
 
     def message_refused(self, held: Held, error: MessageRefused) -> None:
         """No queue takes the message's outcome; it stays queued and comes back in REFUSED_DELAY_S."""
@@ -94,7 +94,7 @@ class Keeper:
         self._outbox_due = 0.0
         self._pause = 0.0
         self._not_before = 0.0
-        self._closing = False
+        self._hurried = self._closing = False
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
         self._thread.start()
 
@@ -149,13 +149,19 @@ class Keeper:
         with self._changed:
             return sum(held.back_at is not None for claim in self._claims.values() for held in claim.open.values())
 
-    def close(self, patience: float) -> bool:
-        """Give back and settle without any more delay, until nothing is held; False if `patience` seconds ended it."""
+    def hurry(self) -> None:
+        """From now on give back and settle without delay."""
         with self._changed:
-            self._closing = True
+            self._hurried = True
+            self._changed.notify()
+
+    def close(self, patience: float) -> int:
+        """Give back and settle all; wait up to `patience` seconds for it. Returns how many are still held then."""
+        with self._changed:
+            self._hurried = self._closing = True
             self._changed.notify()
         self._thread.join(patience)
-        return not self._thread.is_alive()
+        return self.count()
 
     def _run(self) -> None:
         try:
@@ -187,7 +193,7 @@ class Keeper:
     def _actions(self) -> Iterable[tuple[float, Callable[[], None]]]:
         """What will have to be done, and when (monotonic)."""
         if self._outbox:
-            hurry = self._closing or len(self._outbox) >= self._queues.limits.claim_limit
+            hurry = self._hurried or len(self._outbox) >= self._queues.limits.claim_limit
             yield max(self._not_before, 0 if hurry else self._outbox_due), self._flush
         for claim in self._claims.values():
             yield claim.until, partial(self._lose, claim)
@@ -200,7 +206,7 @@ class Keeper:
         backs = [held.back_at for held in claim.open.values() if held.back_at is not None]
         if not backs or (len(backs) < len(claim.open) and not self._queues.limits.releases_one_message):
             return None
-        return 0 if self._closing or self._queues.limits.releases_one_message else max(backs)
+        return 0 if self._hurried or self._queues.limits.releases_one_message else max(backs)
 
     def _flush(self) -> None:
         """Settle the outbox, claim by claim; what was not reached when the service fails stays in it."""
@@ -248,7 +254,7 @@ class Keeper:
             return
         by_delay: dict[float, list[Held]] = {}
         for held in given_back:
-            delay = 0.0 if self._closing or held.back_at is None else max(0.0, held.back_at - self._clock())
+            delay = max(0.0, (held.back_at or 0) - self._clock())
             by_delay.setdefault(min(delay, self._queues.limits.release_delay), []).append(held)
         for delay, batch in by_delay.items():
             self._queues.release(claim.claim, [held.message for held in batch], delay=delay)
@@ -265,5 +271,5 @@ class Keeper:
                 held.of.open.pop(held.message.id, None)
                 if not held.of.open:
                     self._claims.pop(held.of.claim.id, None)
-        for held in ended:
-            self._events.message_ended(held, end)
+        if ended:
+            self._events.messages_ended(ended, end)

@@ -1,0 +1,56 @@
+# `make` alone prints the targets. Everything is installed into .venv, from the lock files, without a compiler.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+TESTS := $(BIN)/python -m pytest
+
+.PHONY: help setup demo run test test-quick check coverage mutants lock clean
+
+help:  ## print the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile
+
+setup: .venv/installed  ## make the virtual environment .venv
+
+demo: .venv/installed  ## start maker and consumer, submit 23 requests, show what became of them, stop
+	@$(BIN)/python demo/demo.py
+
+run: .venv/installed  ## keep maker, consumer and producer running in this terminal until Ctrl-C
+	@PATH="$(CURDIR)/$(BIN):$$PATH" honcho --procfile demo/Procfile --app-root . start || test $$? -eq 130
+
+test: .venv/tests-installed check  ## run all checks and tests
+	@$(TESTS) -n 2 --cov --cov-report=
+	@$(BIN)/coverage report --fail-under=95
+
+test-quick: .venv/tests-installed  ## run the tests of the embedded queue and the units
+	@$(TESTS) -n 2
+
+check: .venv/tests-installed  ## run the linters and the type checker
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+mutants: .venv/tests-installed  ## plant each bug of tests/mutants and see that a test catches it
+	@$(BIN)/python tests/mutants/run.py
+
+lock:  ## compile the lock files anew (needs uv)
+	uv pip compile requirements.txt pyproject.toml --extra zaqar --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --upgrade --output-file requirements.lock
+	uv pip compile tests/requirements.txt --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --upgrade --output-file tests/requirements.lock
+
+clean:  ## remove the virtual environments and all caches
+	rm -rf .venv .venvs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage* *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@echo "installing into .venv (once)"
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/tests-installed: .venv/installed tests/requirements.lock
+	@echo "installing what the tests need into .venv (once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r tests/requirements.lock
+	@touch $@

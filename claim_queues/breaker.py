@@ -1,0 +1,159 @@
+"""Decide whose fault a failed delivery is: the message's, or that of the target to which all messages go.
+
+An outage must never count against messages, and one bad message must never stop the others. So a failure that tells
+nothing blames nobody at first: when another message passes soon, the target was well and the message is to blame;
+when none does, the breaker opens, nothing is blamed, and the target is tried with one message at a time.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Generic, Protocol, TypeVar
+
+MOST_FAILURES = 10
+"""So many different messages that fail in a row open the breaker."""
+UNDECIDED_S = 1.0
+"""How long a failure waits for another message to pass, or the breaker opens."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+"""Between probes: doubled each time, with full jitter."""
+
+
+class Failure(Enum):
+    """What a failed delivery looks like."""
+
+    FAILED = "failed"
+    """The target tried and failed with this message."""
+    UNAVAILABLE = "unavailable"
+    """No answer, or one that asks to come back later."""
+    MISCONFIGURED = "misconfigured"
+    """Not our target, or it does not know us: waiting does not mend it."""
+
+
+class Case(Protocol):
+    """A message whose delivery failed. retry_after_s: the pause that the target asked for, or None."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def failure(self) -> Failure | None: ...
+
+    @property
+    def retry_after_s(self) -> float | None: ...
+
+
+C = TypeVar("C", bound=Case)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict(Generic[C]):
+    """What a failure means.
+
+    blamed: it counts against them. excused: it does not, and they go back. pardoned: ids of messages that were
+    blamed before, and wrongly: one receive each does not count after all. opened_by: the failure for which nothing
+    but probes may be delivered from now on; None where nothing changes.
+    """
+
+    blamed: list[C] = field(default_factory=list)
+    excused: list[C] = field(default_factory=list)
+    pardoned: list[str] = field(default_factory=list)
+    opened_by: C | None = None
+
+
+class Breaker(Generic[C]):
+    """Whether the target can be trusted with more than a probe. Not thread-safe; times are monotonic seconds.
+
+    open_for: why it is open, None while it is closed. last_failed: id of the message that failed last.
+    """
+
+    def __init__(
+        self, *, uniform: Callable[[float, float], float] = random.uniform, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._uniform = uniform
+        self._clock = clock
+        self.open_for: Failure | None = None
+        self.opened_at = 0.0
+        self.next_probe_at = 0.0
+        self.misconfigured_since: float | None = None
+        self.last_failed = ""
+        self._ever_passed = False
+        self._failed_probes = 0
+        self._row: set[str] = set()
+        self._blamed: list[str] = []
+        self._suspects: list[C] = []
+        self._undecided_until = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        return self.open_for is not None
+
+    @property
+    def decide_at(self) -> float | None:
+        """When undecided() has to be called, unless a message passes before; None when nothing is undecided."""
+        return self._undecided_until if self._suspects and not self.is_open else None
+
+    def passed(self) -> list[C]:
+        """A message passed, so the target is well; returns those that failed meanwhile by their own fault."""
+        self._ever_passed = True
+        self._close()
+        return self.take_suspects()
+
+    def failed(self, case: C, *, probe: bool = False, guilty: bool = False) -> Verdict[C]:
+        """A message failed. probe: it was sent to try the target. guilty: it failed alone, the target being well."""
+        if self.is_open and not probe:  # it was on its way when the breaker opened
+            return Verdict(excused=[case])
+        probing = self.is_open
+        self.last_failed = case.id
+        if guilty and case.failure is not Failure.MISCONFIGURED:
+            self._close()
+            return Verdict(blamed=[case])
+        self._row.add(case.id)
+        many = len(self._row) >= MOST_FAILURES
+        if case.failure is Failure.FAILED and not probing and not many:
+            self._blamed.append(case.id)
+            return Verdict(blamed=[case])
+        if not self._suspects:
+            self._undecided_until = self._clock() + UNDECIDED_S
+        self._suspects.append(case)
+        stranger = case.failure is Failure.MISCONFIGURED and not self._ever_passed
+        return self._open() if probing or many or stranger else Verdict()
+
+    def undecided(self) -> Verdict[C]:
+        """No message passed soon enough after one that failed."""
+        return self._open()
+
+    def take_suspects(self) -> list[C]:
+        """Those whose failure nothing has explained; they are the caller's from now on."""
+        suspects, self._suspects = self._suspects, []
+        return suspects
+
+    def _close(self) -> None:
+        self.open_for = self.misconfigured_since = None
+        self._failed_probes = 0
+        self._row.clear()
+        self._blamed.clear()
+
+    def _open(self) -> Verdict[C]:
+        """Open, or stay open after a failed probe. The latest failure alone stays suspect: the next probe decides."""
+        now, latest = self._clock(), self._suspects[-1]
+        if not self.is_open:
+            self.opened_at = now
+        self.open_for = latest.failure
+        if latest.failure is not Failure.MISCONFIGURED:
+            self.misconfigured_since = None
+        elif self.misconfigured_since is None:
+            self.misconfigured_since = now
+        pause = backoff(self._failed_probes, base_s=FIRST_PAUSE_S, longest_s=LONGEST_PAUSE_S, uniform=self._uniform)
+        self._failed_probes += 1
+        self.next_probe_at = now + max(pause, latest.retry_after_s or 0)
+        pardoned, self._blamed = self._blamed, []
+        excused, self._suspects = self._suspects[:-1], [latest]
+        self._row.clear()
+        return Verdict(excused=excused, pardoned=pardoned, opened_by=latest)
+
+
+def backoff(attempt: int, *, base_s: float, longest_s: float, uniform: Callable[[float, float], float]) -> float:
+    """Seconds to wait after failure number attempt (from 0): exponential with full jitter."""
+    return uniform(0, min(longest_s, base_s * 2.0 ** min(attempt, 32)))

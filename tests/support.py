@@ -1,0 +1,122 @@
+"""What the tests share: waiting for a condition, free ports, and the project's scripts as real processes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import requests
+
+HERE = Path(__file__).resolve().parent.parent
+PATIENCE_S = 30.0
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = PATIENCE_S) -> Any:
+    """What the condition gives once it is true; fails the test when that takes longer than `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"nothing came of it within {seconds:g} s"
+        threading.Event().wait(0.01)
+    return found
+
+
+def free_port() -> int:
+    """A loopback port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Script:
+    """One of the project's scripts as a process of its own. out, err: what it has written so far."""
+
+    def __init__(self, name: str, *options: object, cwd: Path, env: dict[str, str] | None = None) -> None:
+        self._out, self._err = cwd / f"{name}-{id(self)}.out", cwd / f"{name}-{id(self)}.err"
+        command = [sys.executable, str(HERE / name), *map(str, options)]
+        if name == "claim_queues":
+            command = [sys.executable, "-m", name, *map(str, options)]
+        # Its own session, so that a test can kill it with whatever it started.
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self.process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=os.environ | {"PYTHONPATH": str(HERE)} | (env or {}),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text(errors="replace")
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text(errors="replace")
+
+    def exit_code(self, seconds: float = PATIENCE_S) -> int:
+        """Wait for the end; fails the test, with the log, when that takes longer than `seconds`."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still running after {seconds:g} s:\n{self.err}") from None
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL to the process and all that it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextmanager
+def script(name: str, *options: object, cwd: Path, env: dict[str, str] | None = None) -> Iterator[Script]:
+    """Run a script until the block ends; it is killed there if it still runs."""
+    running = Script(name, *options, cwd=cwd, env=env)
+    try:
+        yield running
+    finally:
+        running.kill()
+
+
+def run_script(name: str, *options: object, cwd: Path, env: dict[str, str] | None = None) -> Any:
+    """Run a script to its end: an object with returncode, stdout and stderr."""
+    command = [sys.executable, "-m", name] if name == "claim_queues" else [sys.executable, str(HERE / name)]
+    return subprocess.run(
+        [*command, *map(str, options)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(HERE)} | (env or {}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@contextmanager
+def widget_maker(cwd: Path, *options: object, port: int | None = None) -> Iterator[tuple[str, Script]]:
+    """The maker on a free port, answering: its URL without a path, and the process."""
+    port = port or free_port()
+    url = f"http://127.0.0.1:{port}"
+    with script("widget_maker.py", "--port", port, "--database", cwd / "widgets.sqlite3", *options, cwd=cwd) as maker:
+        wait_until(lambda: is_healthy(url) or maker.process.poll() is not None)
+        assert maker.process.poll() is None, maker.err
+        yield url, maker
+
+
+def is_healthy(url: str) -> bool:
+    with suppress(requests.RequestException):
+        return requests.get(f"{url}/healthz", timeout=1).status_code == requests.codes.ok
+    return False
