@@ -8,10 +8,14 @@ end somewhere, so the consumer counts. Two numbers: *receives*, never lowered, a
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import apsw
 
 from claim_queues.base import Message
 from claim_queues.store import open_store, store_errors, transaction
@@ -65,18 +69,19 @@ class ReceiveCounts:
 
     path: a file shared by this machine's consumers, or None for memory only. source: the queue, in that file.
     counted_by_service: the service's own count is exact, so that only excuses need the file.
-    Thread-safe. Raises StoreError where the file cannot be used.
+    Thread-safe. Each call is at most one transaction. Raises StoreError where the file cannot be used, and
+    QueueUnavailable where another process keeps it locked.
     """
 
     def __init__(
         self, path: Path | None, source: str, *, counted_by_service: bool, clock: Callable[[], float] = time.time
     ) -> None:
-        self._counts: dict[str, Receives] = {}
+        self._counts: OrderedDict[str, Receives] = OrderedDict()  # in order of last receive
+        self._path = path
         self._source = source
         self._counted_by_service = counted_by_service
         self._clock = clock
         self._lock = threading.Lock()
-        self._path = path or Path()
         self._swept_at = clock()
         self._file = path and open_store(path, application_id=APPLICATION_ID, version=SCHEMA_VERSION, schema=SCHEMA)
 
@@ -91,84 +96,94 @@ class ReceiveCounts:
 
         Where the service does not count, the new counts are durable before this returns.
         """
-        with self._lock:
+        with self._lock, self._transaction() as file:
             now = self._clock()
-            self._sweep(now)
-            self._read([message.id for message in messages])
-            for message in messages:
-                known = self._counts.pop(message.id, None) or Receives(0, 0, now, now, 0)
-                known.count = max(known.count + 1, message.receive_count or 0)
-                known.last_at = now
-                known.dies_at = now + self._life_left(message) + LONGEST_HOLD_S
-                self._counts[message.id] = known  # put last: the dict stays in order of last receive
-            if not self._counted_by_service:
-                self._write([message.id for message in messages])
+            if now - self._swept_at >= SWEEP_EVERY_S:
+                self._sweep(file, now)
+            if file:
+                self._take_over(file, [message.id for message in messages])
+            counted = {message.id: self._count(message, now) for message in messages}
+            if file and not self._counted_by_service:
+                self._store(file, counted, excuses=0)
             while len(self._counts) > MOST_IN_MEMORY:
-                del self._counts[next(iter(self._counts))]
-            return [self._counts[message.id] for message in messages]
+                self._counts.popitem(last=False)
+        return list(counted.values())
 
     def excuse(self, message_ids: Iterable[str]) -> None:
         """Take the last receive of each message off what counts against it."""
         with self._lock:
-            excused = [id_ for id_ in message_ids if id_ in self._counts]
-            for id_ in excused:
-                entry = self._counts[id_]
+            excused = {id_: self._counts[id_] for id_ in message_ids if id_ in self._counts}
+            for entry in excused.values():
                 entry.excused = min(entry.excused + 1, entry.count)
-            self._write(excused)
+            if excused:
+                with self._transaction() as file:
+                    if file:
+                        self._store(file, excused, excuses=1)
 
     def forget(self, message_ids: Iterable[str]) -> None:
         """Drop settled messages."""
         with self._lock:
             gone = [(id_, self._counts.pop(id_)) for id_ in message_ids if id_ in self._counts]
             stored = [(self._source, id_) for id_, entry in gone if entry.stored]
-            if self._file and stored:
-                with store_errors(self._path), transaction(self._file):
-                    self._file.executemany("DELETE FROM receives WHERE source = ? AND message_id = ?", stored)
+            if stored:
+                with self._transaction() as file:
+                    if file:
+                        file.executemany("DELETE FROM receives WHERE source = ? AND message_id = ?", stored)
 
     def close(self) -> None:
         """Close the file; the counts in it stay for the next consumer."""
         if self._file:
             self._file.close()
 
-    def _life_left(self, message: Message) -> float:
-        return LONGEST_TTL_S if message.ttl is None else max(0, message.ttl - message.age)
-
-    def _read(self, ids: list[str]) -> None:
-        """Take over what other consumers of this machine wrote; their numbers only ever grow."""
-        if not self._file:
+    @contextmanager
+    def _transaction(self) -> Iterator[apsw.Connection | None]:
+        """Alone on the file, so that no other consumer counts between a look and its count; None without a file."""
+        if not self._file or not self._path:
+            yield None
             return
-        with store_errors(self._path):
-            rows: list[Any] = self._file.execute(
-                "SELECT message_id, count, excused, first_at, dies_at FROM receives"
-                " WHERE source = ? AND message_id IN (SELECT value FROM json_each(?))",
-                (self._source, json.dumps(ids)),
-            ).fetchall()
+        with store_errors(self._path), transaction(self._file):
+            yield self._file
+
+    def _count(self, message: Message, now: float) -> Receives:
+        entry = self._counts.setdefault(message.id, Receives(0, 0, now, now, now))
+        entry.count = max(entry.count + 1, message.receive_count or 0)
+        entry.last_at = now
+        life_left = LONGEST_TTL_S if message.ttl is None else max(0, message.ttl - message.age)
+        entry.dies_at = now + life_left + LONGEST_HOLD_S
+        self._counts.move_to_end(message.id)
+        return entry
+
+    def _take_over(self, file: apsw.Connection, ids: list[str]) -> None:
+        """Learn what other consumers of this machine, or an earlier run, wrote; the numbers only ever grow."""
+        rows: Any = file.execute(
+            "SELECT message_id, count, excused, first_at, dies_at FROM receives"
+            " WHERE source = ? AND message_id IN (SELECT value FROM json_each(?))",
+            (self._source, json.dumps(ids)),
+        )
         for id_, count, excused, first_at, dies_at in rows:
             known = self._counts.setdefault(id_, Receives(0, 0, first_at, first_at, dies_at))
             known.count, known.excused = max(known.count, count), max(known.excused, excused)
             known.first_at, known.stored = min(known.first_at, first_at), True
 
-    def _write(self, ids: Iterable[str]) -> None:
-        if not self._file or not ids:
-            return
-        rows = []
-        for id_ in ids:
-            entry = self._counts[id_]
+    def _store(self, file: apsw.Connection, entries: dict[str, Receives], *, excuses: int) -> None:
+        """Write the entries; excuses are added to those of other consumers, who may have excused theirs meanwhile."""
+        file.executemany(
+            "INSERT INTO receives VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
+            " count = max(count, excluded.count),"
+            " excused = min(excused + ?, max(count, excluded.count)),"
+            " dies_at = max(dies_at, excluded.dies_at)",
+            [
+                (self._source, id_, entry.count, entry.excused, entry.first_at, entry.dies_at, excuses)
+                for id_, entry in entries.items()
+            ],
+        )
+        for entry in entries.values():
             entry.stored = True
-            rows.append((self._source, id_, entry.count, entry.excused, entry.first_at, entry.dies_at))
-        with store_errors(self._path), transaction(self._file):
-            self._file.executemany(
-                "INSERT INTO receives VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
-                " count = max(count, excluded.count), excused = max(excused, excluded.excused),"
-                " dies_at = max(dies_at, excluded.dies_at)",
-                rows,
-            )
 
-    def _sweep(self, now: float) -> None:
-        if now - self._swept_at < SWEEP_EVERY_S:
-            return
+    def _sweep(self, file: apsw.Connection | None, now: float) -> None:
+        """Drop what is older than its message can live."""
         self._swept_at = now
-        self._counts = {id_: entry for id_, entry in self._counts.items() if entry.dies_at > now}
-        if self._file:
-            with store_errors(self._path), transaction(self._file):
-                self._file.execute("DELETE FROM receives WHERE dies_at <= ?", (now,))
+        for id_ in [id_ for id_, entry in self._counts.items() if entry.dies_at <= now]:
+            del self._counts[id_]
+        if file:
+            file.execute("DELETE FROM receives WHERE dies_at <= ?", (now,))

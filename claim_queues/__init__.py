@@ -55,12 +55,12 @@ def open_queues(url: str | None = None) -> Queues:
     `sqlite:///PATH` (relative to the working directory; four slashes for an absolute path).
     Raises ConfigError for a URL that names no service, StoreError for a file that cannot be used.
     """
-    scheme, _, rest = (url or "sqlite:").partition(":")
+    scheme, _, rest = ("sqlite:" if url is None else url).partition(":")
     if scheme == "sqlite":
         from .sqlite import SqliteQueues
         from .store import state_path
 
-        return SqliteQueues(_sqlite_path(rest) if url else state_path("queues.sqlite3"))
+        return SqliteQueues(state_path("queues.sqlite3") if url is None else _sqlite_path(rest))
     if scheme in ("rackspace", "zaqar", "sqs"):
         raise ConfigError(f"{url}: the service {scheme}:// comes next; use sqlite:///PATH meanwhile")
     raise ConfigError(f"{url}: is no queue URL; use sqlite:///PATH, rackspace://REGION, zaqar://CLOUD or sqs://REGION")

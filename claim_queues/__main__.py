@@ -2,18 +2,33 @@
 
 import json
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
+from typing import Any
 
 import click
 
-from . import Claim, ConfigError, Message, Queues, QueuesError, Settlement, open_queues
+from . import (
+    JSON,
+    Claim,
+    ClaimLost,
+    ConfigError,
+    Message,
+    PostIncomplete,
+    Queues,
+    QueuesError,
+    Settlement,
+    open_queues,
+)
 from .command_line import (
     SETTINGS,
     Number,
     WholeNumber,
     __version__,
     distinct,
+    message_ttl,
     one_line,
     option,
     queue_options,
@@ -22,13 +37,15 @@ from .command_line import (
 )
 
 KINDS = ("request", "response", "dead-letter")
+PEEK_MESSAGES = 10
 REDRIVE_CLAIM_TTL_S = 60
+"""Enough for the messages of one claim, and no long wait for what a killed redrive held."""
+RENEW_EVERY_S = 20.0
 EXIT_FAILED = 1
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON lines.")
-limit_option = click.option("--limit", type=WholeNumber(1, 1_000_000_000), metavar="N", help="At most so many.")
-claim_ttl_option = option(
-    "--claim-ttl", type=WholeNumber(60, 43_200, "seconds"), default=300, help="The consumer's --claim-ttl."
+limit_option = click.option(
+    "--limit", type=WholeNumber(1, 1_000_000_000, "messages"), help="At most so many messages.  [default: all]"
 )
 
 
@@ -62,16 +79,22 @@ def stats(queue_url: str | None, as_json: bool, create: bool, **names: str) -> N
 @cli.command()
 @click.argument("kind", type=click.Choice(KINDS), default="request")
 @queue_options(*KINDS)
-@limit_option
+@click.option(
+    "--limit",
+    type=WholeNumber(1, 1_000_000_000, "messages"),
+    default=PEEK_MESSAGES,
+    show_default=True,
+    help="At most so many messages.",
+)
 @json_option
-def peek(kind: str, queue_url: str | None, limit: int | None, as_json: bool, create: bool, **names: str) -> None:
+def peek(kind: str, queue_url: str | None, limit: int, as_json: bool, create: bool, **names: str) -> None:
     """Show the messages of a queue, oldest first, without claiming them: ID AGE RECEIVES BODY."""
     with open_queues(queue_url) as queues:
         name = names[f"{kind.replace('-', '_')}_queue"]
         require_queues(queues, [name], create=create)
-        for message in _browse_all(queues, name, limit or 10):
+        for message in islice(_browse_all(queues, name, claimed=True), limit):
             if as_json:
-                click.echo(json.dumps(asdict(message)))
+                click.echo(json.dumps({key: value for key, value in asdict(message).items() if key != "handle"}))
             else:
                 receives = "-" if message.receive_count is None else message.receive_count
                 click.echo(f"{message.id} {message.age:.0f}s {receives} {one_line(json.dumps(message.body))}")
@@ -85,10 +108,10 @@ def dead_letters(queue_url: str | None, dead_letter_queue: str, limit: int | Non
     """Show the dead letters, oldest first: REQUEST_ID WIDGET_ID RECEIVES REASON."""
     with open_queues(queue_url) as queues:
         require_queues(queues, [dead_letter_queue], create=create)
-        for message in _browse_all(queues, dead_letter_queue, limit):
-            letter = message.body if isinstance(message.body, dict) else {"reason": message.body}
+        for message in islice(_browse_all(queues, dead_letter_queue, claimed=True), limit):
+            letter = message.body if _is_letter(message) else {"reason": f"no dead letter: {json.dumps(message.body)}"}
             if as_json:
-                click.echo(json.dumps({"message_id": message.id, **letter}))
+                click.echo(json.dumps({**letter, "message_id": message.id}))
                 continue
             body = letter.get("body")
             widget_id = body.get("widget_id") if isinstance(body, dict) else None
@@ -101,30 +124,24 @@ def dead_letters(queue_url: str | None, dead_letter_queue: str, limit: int | Non
 @limit_option
 @click.option("--dry-run", is_flag=True, help="Only say what would be brought back.")
 @option("--ttl", type=WholeNumber(60, 1_209_600, "seconds"), default=3600, help="Seconds a request may wait.")
-def redrive(queue_url: str | None, create: bool, limit: int | None, *, dry_run: bool, ttl: int, **names: str) -> int:
+@click.pass_context
+def redrive(ctx: click.Context, /, queue_url: str | None, limit: int | None, *, dry_run: bool, **given: Any) -> int:
     """Bring dead letters back to the request queue, oldest first: OLD_ID NEW_ID. Their counts begin anew.
 
     The request is posted first and the dead letter deleted then: what interrupts it leaves a request twice, never lost.
     """
-    request_queue, dead_letter_queue = names["request_queue"], names["dead_letter_queue"]
+    request_queue, dead_letter_queue = given["request_queue"], given["dead_letter_queue"]
     distinct(request_queue, dead_letter_queue)
     with open_queues(queue_url) as queues:
-        require_queues(queues, names.values(), create=create)
-        strange = 0
+        ttl = message_ttl(ctx, queues.limits, "ttl")
+        require_queues(queues, (request_queue, dead_letter_queue), create=given["create"])
         if dry_run:
-            for message in _browse_all(queues, dead_letter_queue, limit):
-                click.echo(f"{_request_id(message)} -")
+            for letter in islice(filter(_is_letter, _browse_all(queues, dead_letter_queue, claimed=False)), limit):
+                click.echo(f"{one_line(letter.body['request_id'])} -")
             return 0
-        for claim in _claims(queues, dead_letter_queue, limit):
-            letters = [message for message in claim.messages if _is_letter(message)]
-            for letter in letters:
-                posted_ttl = ttl if queues.limits.message_ttl else None
-                (new_id,) = queues.post(request_queue, [letter.body["body"]], ttl=posted_ttl)
-                queues.settle(claim, [Settlement(letter)])
-                click.echo(f"{_request_id(letter)} {new_id}")
-            strange += len(claim.messages) - len(letters)
+        strange = _redrive(queues, request_queue, dead_letter_queue, limit=limit, ttl=ttl)
     if strange:
-        click.echo(f"error: {strange} messages are no dead letters of the consumer: left where they are", err=True)
+        click.echo(f"error: {strange:,} messages are no dead letters of the consumer: left as they are", err=True)
     return EXIT_FAILED if strange else 0
 
 
@@ -132,7 +149,7 @@ def redrive(queue_url: str | None, create: bool, limit: int | None, *, dry_run: 
 @click.argument("kind", type=click.Choice(KINDS))
 @queue_options(*KINDS)
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def purge(kind: str, queue_url: str | None, yes: bool, create: bool, **names: str) -> None:
+def purge(kind: str, queue_url: str | None, yes: bool, create: bool, **names: str) -> int:
     """Remove all messages of a queue for good, claimed ones too. Asks first."""
     with open_queues(queue_url) as queues:
         name = names[f"{kind.replace('-', '_')}_queue"]
@@ -141,14 +158,17 @@ def purge(kind: str, queue_url: str | None, yes: bool, create: bool, **names: st
         if not yes:
             if not sys.stdin.isatty():
                 raise ConfigError(f"purge of {name}: there is no terminal to ask at; add --yes")
-            click.confirm(f"Remove {found:,} messages from {name} at {queues.address} for good?", abort=True, err=True)
+            if not click.confirm(f"Remove {found:,} messages from {name} at {queues.address} for good?", err=True):
+                click.echo(f"error: {name}: nothing removed", err=True)
+                return EXIT_FAILED
         queues.purge(name)
         click.echo(f"{name}: {found:,} messages removed")
+    return 0
 
 
 @cli.command()
 @queue_options(*KINDS)
-@claim_ttl_option
+@option("--claim-ttl", type=WholeNumber(60, 43_200, "seconds"), default=300, help="The consumer's --claim-ttl.")
 @option("--grace", type=WholeNumber(60, 43_200, "seconds"), default=60, help="The consumer's --grace.")
 @option("--deadline", type=Number(0.1, 43_190, "seconds"), default=20.0, help="The consumer's --deadline.")
 def check(queue_url: str | None, claim_ttl: int, grace: int, deadline: float, create: bool, **names: str) -> int:
@@ -205,40 +225,64 @@ def _cannot(queues: Queues) -> Iterator[str]:
         yield "has one message TTL for the whole queue: --ttl and --response-ttl are refused"
 
 
-def _browse_all(queues: Queues, name: str, limit: int | None) -> Iterator[Message]:
-    marker, left = "", limit
-    while left is None or left > 0:
-        page = queues.browse(name, after=marker, limit=min(left or 20, 20), claimed=True)
-        if not page.messages:
-            return
+def _browse_all(queues: Queues, name: str, *, claimed: bool) -> Iterator[Message]:
+    if not queues.limits.can_browse:
+        raise ConfigError(f"{queues.limits.service} cannot show messages without claiming them")
+    page = queues.browse(name, claimed=claimed)
+    while page.messages:
         yield from page.messages
-        marker, left = page.marker, None if left is None else left - len(page.messages)
+        page = queues.browse(name, after=page.marker, claimed=claimed)
 
 
-def _claims(queues: Queues, name: str, limit: int | None) -> Iterator[Claim]:
-    """Claims of what is in the queue now, so that what fails again meanwhile does not go round; released behind."""
-    found = queues.stats(name).free
-    left, claims = found if limit is None else min(limit, found), []
+def _redrive(queues: Queues, request_queue: str, name: str, *, limit: int | None, ttl: int | None) -> int:
+    """Bring back what is there now, so that what fails again meanwhile does not go round.
+
+    Gives the number of messages that are no dead letters. They stay claimed to the end, to get at those behind them.
+    """
+    found, renew_at = queues.stats(name).free, time.monotonic() + RENEW_EVERY_S
+    wanted, held, strange = found if limit is None else limit, list[tuple[Claim, list[Message]]](), 0
     try:
-        while left > 0:
-            most = min(left, queues.limits.claim_limit)
-            claim = queues.claim(name, ttl=REDRIVE_CLAIM_TTL_S, grace=REDRIVE_CLAIM_TTL_S, limit=most)
-            if claim is None:
-                return
-            claims.append(claim)
-            left -= len(claim.messages)
-            yield claim
+        while wanted > 0 and found > 0:
+            if time.monotonic() >= renew_at:
+                for claim, others in held:
+                    queues.renew(claim, ttl=REDRIVE_CLAIM_TTL_S, messages=others)
+                renew_at = time.monotonic() + RENEW_EVERY_S
+            most = min(wanted, found, queues.limits.claim_limit)
+            next_claim = queues.claim(name, ttl=REDRIVE_CLAIM_TTL_S, grace=REDRIVE_CLAIM_TTL_S, limit=most)
+            if next_claim is None:
+                break
+            letters = list(filter(_is_letter, next_claim.messages))
+            others = [message for message in next_claim.messages if not _is_letter(message)]
+            held.append((next_claim, others))
+            wanted, found, strange = wanted - len(letters), found - len(next_claim.messages), strange + len(others)
+            if letters:
+                _bring_back(queues, next_claim, letters, request_queue, ttl)
+            if not others:
+                held.pop()
     finally:
-        for claim in claims:
+        for claim, _ in held:
             queues.release(claim)
+    return strange
+
+
+def _bring_back(queues: Queues, claim: Claim, letters: Sequence[Message], queue: str, ttl: int | None) -> None:
+    failure = None
+    try:
+        new_ids = dict(enumerate(queues.post(queue, [letter.body["body"] for letter in letters], ttl=ttl)))
+    except PostIncomplete as error:
+        new_ids, failure = error.accepted, error
+    settled = queues.settle(claim, [Settlement(letters[index]) for index in new_ids])
+    for index, new_id in new_ids.items():
+        click.echo(f"{one_line(letters[index].body['request_id'])} {new_id}")
+    if failure:
+        raise failure
+    if settled.lost:
+        raise ClaimLost(f"{len(settled.lost)} dead letters were brought back but not deleted: the claim had ended")
 
 
 def _is_letter(message: Message) -> bool:
-    return isinstance(message.body, dict) and "body" in message.body and "request_id" in message.body
-
-
-def _request_id(message: Message) -> str:
-    return one_line(message.body["request_id"]) if _is_letter(message) else message.id
+    body: JSON = message.body
+    return isinstance(body, dict) and "body" in body and isinstance(body.get("request_id"), str)
 
 
 def main() -> None:

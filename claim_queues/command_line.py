@@ -7,11 +7,13 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
-from .base import Queues, Range
+from .base import Limits, Queues, Range
 from .errors import ConfigError, QueueNotFound, QueuesError
 
 __version__ = "0.1.0"
@@ -64,8 +66,19 @@ class Number(click.ParamType[float]):
         if isinstance(value, float | int):
             return float(value)
         if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value) or not self.low <= float(value) <= self.high:
-            self.fail(f"{value!r} is not a number from {self.low:g} to {self.high:,g}{self.unit}.", param, ctx)
+            self.fail(f"{value!r} is not a number from {self.low:,.9g} to {self.high:,.9g}{self.unit}.", param, ctx)
         return float(value)
+
+
+class QueueName(click.ParamType[str]):
+    """A name that Limits.check_queue takes, refused here before anything is opened."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value):
+            self.fail(f"{value!r} is no queue name: use 1 to 64 letters, digits, '_' or '-'.", param, ctx)
+        return str(value)
 
 
 def queue_options(*names: str) -> Decorator:
@@ -74,7 +87,10 @@ def queue_options(*names: str) -> Decorator:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in reversed(names):
             function = option(
-                f"--{name}-queue", default=f"itchy-octo-chainsaw-{name}", help=f"Name of the {name} queue."
+                f"--{name}-queue",
+                type=QueueName(),
+                default=f"itchy-octo-chainsaw-{name}",
+                help=f"Name of the {name} queue.",
             )(function)
         function = option("--create", is_flag=True, help="Create queues that are missing.")(function)
         return option(
@@ -108,29 +124,53 @@ def one_line(text: object, limit: int = 256) -> str:
     return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
 
 
+def message_ttl(ctx: click.Context, limits: Limits, name: str) -> int | None:
+    """The option `name` as a TTL for posts, None where the service has one TTL for the whole queue.
+
+    Raises ConfigError where the user gave it and the service cannot honour it.
+    """
+    if limits.message_ttl is not None:
+        return int(ctx.params[name])
+    if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
+        raise ConfigError(f"--{name.replace('_', '-')}: {limits.service} has one message TTL for the whole queue")
+    return None
+
+
 def run(command: click.Command) -> NoReturn:
     """Run the command and exit by the table of exit codes; an error is one line on stderr."""
+    sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115 closed by the caller: stays open as stdin does
     try:
         code = command.main(standalone_mode=False) or 0
-        sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.ctx.get_help())
-        code = 2
+        click.echo(error.ctx.get_help(), err=True)
+        code = error.exit_code
     except click.ClickException as error:
-        code = _report(error.format_message(), error.exit_code if isinstance(error, click.UsageError) else 2)
+        code = _report(error.format_message(), error.exit_code)
     except QueuesError as error:
         code = _report(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        code = 130
+        code = _report("interrupted", 130)
     except OSError as error:
         code = _report(str(error), 1)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # its flush at exit would fail again
+    _flush_stdout()
     sys.exit(code)
 
 
 def _report(message: str, code: int) -> int:
     click.echo(f"error: {one_line(message, 1000)}", err=True)
     return code
+
+
+def _flush_stdout() -> None:
+    """Write out what stdout holds; where that fails it is dropped, or the flush at exit would print a traceback.
+
+    Nothing is lost unseen: click.echo flushes each line, so a failure was reported before.
+    """
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Log:
