@@ -6,6 +6,7 @@ neither settled nor renewed becomes free again when the claim TTL ends. Messages
 """
 
 import json
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
@@ -254,6 +255,7 @@ class Queues(ABC):
     def release(self, claim: Claim, messages: Collection[Message] | None = None, *, delay: float = 0) -> None:
         """Give messages back (default: all), claimable at once, or after `delay` seconds, at their old place.
 
+        A message that would expire before the delay ends lives on until the claim's grace after it.
         What the claim no longer holds is left alone: releasing twice, or too late, is no error.
         Raises ConfigError for some of a claim's messages where not limits.releases_one_message.
         """
@@ -307,20 +309,40 @@ class Queues(ABC):
 
 
 def decode(text: str) -> JSON:
-    """The JSON value of a stored body, or the text itself where it is not JSON (NaN and infinities are not)."""
+    """The JSON value of a stored body, or the text itself where it is no JSON that could be posted again.
+
+    NaN, infinities and integers outside signed 64 bits could not.
+    """
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_small)
     except (ValueError, RecursionError):
         return text
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+def _refuse(number: str) -> None:
+    raise ValueError(f"{number} cannot be posted")
+
+
+def _finite(number: str) -> float:
+    if math.isinf(value := float(number)):
+        _refuse(number)
+    return value
+
+
+def _small(number: str) -> int:
+    if not -(2**63) <= (value := int(number)) < 2**63:
+        _refuse(number)
+    return value
 
 
 def _has_large_integer(value: JSON) -> bool:
-    if isinstance(value, dict):
-        return any(map(_has_large_integer, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(_has_large_integer, value))
-    return isinstance(value, int) and not -(2**63) <= value < 2**63
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            pending.extend(value.values())
+        elif isinstance(value, list | tuple):
+            pending.extend(value)
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return True
+    return False

@@ -1,12 +1,15 @@
 """The embedded queues: one SQLite file, shared by any number of processes on one machine.
 
 Semantics follow OpenStack Zaqar's. Times in the file are UTC milliseconds. A message is free while `held_until`
-is 0 or past, claimed while it lies ahead and `claim` is set, delayed while it lies ahead and `claim` is not.
+is 0 or past, claimed while it lies ahead and `claim` is set, delayed while it lies ahead and `claim` is not. None
+expires before its `held_until`.
 """
 
 import json
 import os
+import re
 import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -15,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import JSON, Claim, Limits, Message, Page, Queues, Range, Settled, Settlement, Stats, decode
-from .errors import ClaimLost, MessageRefused, StoreError
+from .errors import ClaimLost, ConfigError, MessageRefused, StoreError
 from .store import open_store, store_errors, transaction
 
 try:
@@ -44,7 +47,7 @@ LIMITS = Limits(
 RECHECK_S = 1.0
 """Longest sleep without a look, for a poster that died between its commit and its touch."""
 RECHECK_BLIND_S = 0.05
-PURGE_BATCH = 1_000
+PURGE_BATCH = 10_000
 NEVER_MS = 2**62
 
 APPLICATION_ID = 0x51C1A135
@@ -70,6 +73,7 @@ CREATE INDEX by_expiry ON messages (expires) WHERE expires IS NOT NULL;
 ALIVE = "(expires IS NULL OR expires > :now)"
 IN_PLACES = "place IN (SELECT value FROM json_each(:places))"
 HELD_BY_CLAIM = f"{IN_PLACES} AND claim = :claim AND held_until > :now"
+LIVES_ON = "expires = CASE WHEN expires < :until THEN :until + :grace ELSE expires END"
 COLUMNS = "place, body, posted, expires, receives"
 
 
@@ -80,14 +84,16 @@ class SqliteQueues(Queues):
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
         self.address = f"sqlite:///{path.absolute()}"
-        self._path = path
+        self._path = path.absolute()
         self._clock = clock
-        self._lock = threading.Lock()  # one connection: threads queue here, only processes meet in SQLite
-        self._stop_reader, self._stop_writer = os.pipe()
+        # One connection: threads queue here, only processes meet in SQLite.
+        self._lock = threading.Condition(threading.Lock())
+        self._waits = 0
         self._numbers: dict[str, int] = {}
         self._connection = open_store(path, application_id=APPLICATION_ID, version=SCHEMA_VERSION, schema=SCHEMA)
         with store_errors(path):
             self._store_id: str = self._connection.execute("SELECT id FROM store").get
+        self._stop_reader, self._stop_writer = socket.socketpair()
 
     def create(self, queue: str) -> None:
         with self._writing():
@@ -113,7 +119,7 @@ class SqliteQueues(Queues):
         self.limits.check_claim(ttl=ttl, grace=grace, limit=limit)
         with self._waiting(wait) as wait_for_post:
             while True:
-                if self._has_free(queue) and (claim := self._claim(queue, ttl, grace, limit)):
+                if self._has_free_or_expired(queue) and (claim := self._claim(queue, ttl, grace, limit)):
                     return claim
                 if not wait_for_post(queue):
                     return None
@@ -123,10 +129,7 @@ class SqliteQueues(Queues):
         with self._writing() as now:
             values = self._held(claim, messages, now) | {"until": now + ttl * 1000, "grace": claim.grace * 1000}
             self._connection.execute(
-                "UPDATE messages SET held_until = :until,"
-                " expires = CASE WHEN expires < :until THEN :until + :grace ELSE expires END"
-                f" WHERE {HELD_BY_CLAIM}",
-                values,
+                f"UPDATE messages SET held_until = :until, {LIVES_ON} WHERE {HELD_BY_CLAIM}", values
             )
             if self._connection.changes() == 0:
                 raise ClaimLost(f"claim {claim.id} on {claim.queue} lapsed or was released")
@@ -135,6 +138,8 @@ class SqliteQueues(Queues):
         refused: dict[str, MessageRefused] = {}
         posts: dict[str, list[tuple[str, str, int | None]]] = {}
         for settlement in settlements:
+            for post in settlement.posts:
+                self.limits.check_message_ttl(post.ttl)
             try:
                 posts[settlement.message.id] = [
                     (post.queue, self.limits.encode(post.body), post.ttl) for post in settlement.posts
@@ -156,14 +161,16 @@ class SqliteQueues(Queues):
     def release(self, claim: Claim, messages: Collection[Message] | None = None, *, delay: float = 0) -> None:
         self.limits.check_release(delay=delay)
         with self._writing() as now:
-            until = now + round(delay * 1000) if delay else 0
             self._connection.execute(
-                f"UPDATE messages SET claim = NULL, held_until = :until WHERE {HELD_BY_CLAIM}",
-                self._held(claim, messages, now) | {"until": until},
+                # A delay must not be what ends a message's life.
+                f"UPDATE messages SET claim = NULL, held_until = :until, {LIVES_ON} WHERE {HELD_BY_CLAIM}",
+                self._held(claim, messages, now) | {"until": now + round(delay * 1000), "grace": claim.grace * 1000},
             )
         self._touch()
 
     def browse(self, queue: str, *, after: str = "", limit: int = 20, claimed: bool = False, wait: float = 0) -> Page:
+        if not re.fullmatch("[0-9]{0,18}", after):
+            raise ConfigError(f"{after!r} is no marker of {self.address}")
         with self._waiting(wait) as wait_for_post:
             while True:
                 page = self._browse(queue, int(after or 0), limit, claimed)
@@ -171,13 +178,14 @@ class SqliteQueues(Queues):
                     return page
 
     def end_marker(self, queue: str) -> str:
+        self.limits.check_queue(queue)
         with self._reading():
             return str(self._connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'messages'").get or 0)
 
     def delete(self, queue: str, ids: Sequence[str]) -> None:
         with self._writing() as now:
             self._connection.execute(
-                f"DELETE FROM messages WHERE {IN_PLACES} AND queue = :queue AND held_until <= :now",
+                f"DELETE FROM messages WHERE {IN_PLACES} AND queue = :queue AND (claim IS NULL OR held_until <= :now)",
                 {"places": self._places(ids), "queue": self._number(queue), "now": now},
             )
 
@@ -190,10 +198,9 @@ class SqliteQueues(Queues):
             free, claimed, delayed, oldest = self._connection.execute(
                 f"""
                 SELECT (SELECT count(*) FROM messages WHERE queue = :queue AND held_until <= :now)
-                     - (SELECT count(*) FROM messages WHERE expires <= :now AND queue = :queue AND held_until <= :now),
+                     - (SELECT count(*) FROM messages WHERE expires <= :now AND queue = :queue),
                     (SELECT count(*) FROM messages WHERE queue = :queue AND held_until > :now AND claim IS NOT NULL),
-                    (SELECT count(*) FROM messages
-                        WHERE queue = :queue AND held_until > :now AND claim IS NULL AND {ALIVE}),
+                    (SELECT count(*) FROM messages WHERE queue = :queue AND held_until > :now AND claim IS NULL),
                     (SELECT min(posted) FROM (
                         SELECT * FROM (SELECT posted FROM messages
                             WHERE queue = :queue AND held_until = 0 AND {ALIVE} ORDER BY place LIMIT 1)
@@ -205,13 +212,14 @@ class SqliteQueues(Queues):
         return Stats(free, claimed, delayed, None if oldest is None else max(0, now - oldest) / 1000)
 
     def stop_waiting(self) -> None:
-        os.write(self._stop_writer, b"\0")  # never read: the pipe stays readable, so every later wait ends too
+        self._stop_writer.close()  # makes the other end readable, for ever
 
     def close(self) -> None:
+        self.stop_waiting()
         with self._lock:
+            self._lock.wait_for(lambda: not self._waits)
             self._connection.close()
-            os.close(self._stop_reader)
-            os.close(self._stop_writer)
+            self._stop_reader.close()
 
     def inspect(self, queue: str) -> list[str]:
         """Read the whole file and compare it with itself; raise StoreError where it is damaged."""
@@ -244,8 +252,7 @@ class SqliteQueues(Queues):
             )
             rows = self._connection.execute(
                 f"""
-                UPDATE messages SET claim = :claim, held_until = :until, receives = receives + 1,
-                    expires = CASE WHEN expires < :until THEN :until + :grace ELSE expires END
+                UPDATE messages SET claim = :claim, held_until = :until, receives = receives + 1, {LIVES_ON}
                 WHERE place IN (SELECT place FROM messages
                     WHERE queue = :queue AND held_until = 0 AND {ALIVE} ORDER BY place LIMIT :limit)
                 RETURNING {COLUMNS}
@@ -255,14 +262,20 @@ class SqliteQueues(Queues):
         messages = self._messages(sorted(rows), now)
         return Claim(claim_id, queue, messages, grace) if messages else None
 
-    def _has_free(self, queue: str) -> bool:
-        """Look before taking the write lock: an idle consumer must not stand in a busy one's way."""
+    def _has_free_or_expired(self, queue: str) -> bool:
+        """Look before taking the write lock: an idle consumer must not stand in a busy one's way.
+
+        What has expired is removed by claims only: left lying, each look would have to pass over it.
+        """
         with self._reading() as now:
             found = self._connection.execute(
-                f"SELECT 1 FROM messages WHERE queue = :queue AND held_until <= :now AND {ALIVE} LIMIT 1",
+                f"""
+                SELECT EXISTS (SELECT 1 FROM messages WHERE expires <= :now)
+                    OR EXISTS (SELECT 1 FROM messages WHERE queue = :queue AND held_until <= :now AND {ALIVE})
+                """,
                 {"queue": self._known(queue), "now": now},
             ).get
-        return found is not None
+        return bool(found)
 
     def _browse(self, queue: str, after: int, limit: int, claimed: bool) -> Page:
         with self._reading() as now:
@@ -300,7 +313,7 @@ class SqliteQueues(Queues):
         return tuple(
             Message(
                 id=self._id(place),
-                body=decode(body),
+                body=decode(body.decode("utf-8", "surrogateescape")),
                 age=max(0, now - posted) / 1000,
                 ttl=None if expires is None else (expires - posted) // 1000,
                 receive_count=receives,
@@ -320,7 +333,7 @@ class SqliteQueues(Queues):
         if (number := self._numbers.get(queue)) is None:
             self.limits.check_queue(queue)
             number = self._connection.execute("SELECT number FROM queues WHERE name = ?", (queue,)).get or 0
-            if number and not self._connection.in_transaction:  # a number may still be rolled back
+            if number:
                 self._numbers[queue] = number
         return int(number)
 
@@ -329,8 +342,8 @@ class SqliteQueues(Queues):
 
     def _places(self, ids: Iterable[str]) -> str:
         """The places of these message ids as a JSON array; ids of other files have none."""
-        size = len(self._store_id)
-        return json.dumps([int(id_[size:], 16) for id_ in ids if id_.startswith(self._store_id)])
+        found = (re.fullmatch(f"{self._store_id}([0-9a-f]{{16}})", id_) for id_ in ids)
+        return json.dumps([int(match[1], 16) for match in found if match])
 
     def _held(self, claim: Claim, messages: Collection[Message] | None, now: int) -> dict[str, Any]:
         ids = [message.id for message in (claim.messages if messages is None else messages)]
@@ -364,12 +377,20 @@ class SqliteQueues(Queues):
             yield lambda queue: False
             return
         with ExitStack() as stack:
+            self._count_wait(+1)
+            stack.callback(self._count_wait, -1)
             watch = None
-            with suppress(OSError):  # the user's inotify instances are used up (128 by default)
+            with suppress(OSError):  # the user's inotify instances or watches are used up
                 if INotify is not None:
-                    watch = stack.enter_context(INotify(nonblocking=True))
-                    watch.add_watch(self._path, flags.ATTRIB)
+                    inotify = stack.enter_context(INotify(nonblocking=True))
+                    inotify.add_watch(self._path, flags.ATTRIB)
+                    watch = inotify
             yield lambda queue: self._sleep(queue, deadline, watch)
+
+    def _count_wait(self, change: int) -> None:
+        with self._lock:
+            self._waits += change
+            self._lock.notify_all()
 
     def _sleep(self, queue: str, deadline: float, watch: Any) -> bool:
         left = deadline - time.monotonic()
@@ -389,4 +410,4 @@ class SqliteQueues(Queues):
         ready = [descriptor for descriptor, _ in poll.poll(longest * 1000)]
         if watch is not None:
             watch.read(timeout=0)
-        return self._stop_reader not in ready
+        return self._stop_reader.fileno() not in ready

@@ -43,13 +43,16 @@ def open_store(path: Path, *, application_id: int, version: int, schema: str) ->
         raise StoreError(f"SQLite {apsw.sqlite_lib_version()} can damage files that processes share: upgrade apsw")
     _create_private(path)
     with store_errors(path):
-        connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
+        connection = apsw.Connection(str(path.absolute()), flags=apsw.SQLITE_OPEN_READWRITE)
         try:
             connection.set_busy_timeout(int(BUSY_TIMEOUT_S * 1000))
             _refuse_foreign(connection, path, application_id, version)
             _make_durable(connection, path)
             _migrate(connection, application_id, version, schema)
         except BaseException:
+            # The last to close a file writes its log into it; but what is refused stays as it is.
+            log = Path(connection.filename_wal)
+            connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, log.exists() and log.stat().st_size > 0)
             connection.close()
             raise
     return connection
@@ -90,23 +93,34 @@ def transaction(connection: apsw.Connection) -> Iterator[None]:
 def _create_private(path: Path) -> None:
     """Make an empty file that only its owner reads; anything there already but a regular file is refused."""
     try:
+        str(path).encode()
         # Closing a descriptor of a file that SQLite has open drops its locks: only a new file is opened here.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except UnicodeEncodeError as error:
+        raise StoreError(f"{str(path)!a}: SQLite takes only file names in UTF-8") from error
     except FileExistsError:
-        try:
-            if not stat.S_ISREG(path.stat().st_mode):
-                raise StoreError(f"{path}: is no regular file: name a file") from None
-        except OSError as error:
-            raise StoreError(f"{path}: {error.strerror}") from error
+        _refuse_irregular(path)
     except OSError as error:
         raise StoreError(f"{path}: the file cannot be made: {error.strerror}") from error
+
+
+def _refuse_irregular(path: Path) -> None:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise StoreError(f"{path}: is no regular file: name a file")
+    if found.st_size == 1:  # SQLite would take it for an empty file
+        raise StoreError(f"{path}: is no SQLite file: it was left as it is; name another file")
 
 
 def _refuse_foreign(connection: apsw.Connection, path: Path, application_id: int, version: int) -> None:
     if connection.readonly("main"):
         raise StoreError(f"{path}: is not writable: check the file's permissions")
-    found_id, found_version = connection.pragma("application_id"), connection.pragma("user_version")
-    is_new = connection.execute("SELECT count(*) FROM sqlite_schema").get == 0
+    with connection:  # one look: another process may be making the same file
+        found_id, found_version = connection.pragma("application_id"), connection.pragma("user_version")
+        is_new = connection.execute("SELECT count(*) FROM sqlite_schema").get == 0
     if not is_new and found_id != application_id:
         raise StoreError(f"{path}: belongs to another program: name another file")
     if found_version > version:
@@ -115,16 +129,17 @@ def _refuse_foreign(connection: apsw.Connection, path: Path, application_id: int
 
 def _make_durable(connection: apsw.Connection, path: Path) -> None:
     deadline = time.monotonic() + BUSY_TIMEOUT_S
-    while connection.pragma("journal_mode") != "wal":
+    while True:
         try:
-            connection.pragma("journal_mode", "wal")
+            mode = connection.pragma("journal_mode", "wal")
+            break
         except apsw.BusyError:  # SQLite does not wait here, and two processes may open a new file at once
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
     connection.pragma("synchronous", "FULL")
-    if connection.pragma("synchronous") != SYNCHRONOUS_FULL:
-        raise StoreError(f"{path}: this SQLite does not sync its commits")
+    if (mode, connection.pragma("synchronous")) != ("wal", SYNCHRONOUS_FULL):
+        raise StoreError(f"{path}: commits cannot be made durable there: name a file on a local disk")
 
 
 def _migrate(connection: apsw.Connection, application_id: int, version: int, schema: str) -> None:
