@@ -1,0 +1,580 @@
+"""The maker's answers, request by request, and what it keeps."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+from flask.testing import FlaskClient
+from hypothesis import given
+from hypothesis import strategies as st
+from support import wait_until
+
+import claim_queues.store
+from widget_maker import SELECT_PAGE, Faults, Refused, Widgets, create_app, parse_request
+
+ID = "31f37378-54f4-11e5-ad75-3c970e65f731"
+OTHER_ID = "31f37378-54f4-11e5-ad75-3c970e65f732"
+LIMIT_BYTES = 65_536
+STARTED = 1000.0
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    return tmp_path / "widgets.sqlite3"
+
+
+@pytest.fixture
+def start(database: Path) -> Callable[..., FlaskClient]:
+    """A client of a maker with the given faults and allowed hosts."""
+    return lambda *options: create_app(database, *options).test_client()
+
+
+@pytest.fixture
+def client(start: Callable[..., FlaskClient]) -> FlaskClient:
+    return start()
+
+
+@pytest.fixture
+def other_process(database: Path) -> Iterator[apsw.Connection]:
+    """Another connection to the maker's file."""
+    connection = apsw.Connection(str(database))
+    yield connection
+    connection.close()
+
+
+def post(client: FlaskClient, widget_id: object = ID, **more: Any) -> Any:
+    return client.post("/widgets", json={"widget_id": widget_id}, **more)
+
+
+def post_body(client: FlaskClient, body: str | bytes) -> Any:
+    return client.post("/widgets", data=body, content_type="application/json")
+
+
+def error_code(response: Any) -> str:
+    error = response.json["error"]
+    assert isinstance(error["message"], str)
+    return error["code"]
+
+
+def widget_ids(client: FlaskClient) -> list[str]:
+    return [widget["id"] for widget in client.get("/widgets").json["widgets"]]
+
+
+def number_n(number: int) -> str:
+    return f"{number:08x}-54f4-11e5-ad75-3c970e65f731"
+
+
+# One widget for each id
+
+
+def test_a_new_widget_is_answered_201_with_its_id_and_its_time(client: FlaskClient) -> None:
+    response = post(client)
+    assert response.status_code == 201
+    assert response.json.keys() == {"id", "created_at"}
+    assert response.json["id"] == ID
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", response.json["created_at"])
+
+
+def test_a_repeated_request_is_answered_200_with_the_same_widget(client: FlaskClient) -> None:
+    first, second = post(client), post(client)
+    assert (first.status_code, second.status_code) == (201, 200)
+    assert second.data == first.data
+    assert widget_ids(client) == [ID]
+
+
+def test_upper_and_lower_case_name_one_widget_kept_in_lower_case(client: FlaskClient) -> None:
+    assert post(client, ID.upper()).json["id"] == ID
+    assert post(client, ID).status_code == 200
+
+
+def test_widgets_are_there_after_a_restart(start: Callable[..., FlaskClient]) -> None:
+    post(start())
+    assert widget_ids(start()) == [ID]
+
+
+def test_other_keys_of_a_request_are_ignored(client: FlaskClient) -> None:
+    assert post_body(client, json.dumps({"widget_id": ID, "color": "red", "__class__": {}})).status_code == 201
+
+
+def test_a_widget_can_be_looked_up_in_either_case(client: FlaskClient) -> None:
+    made = post(client).json
+    assert client.get(f"/widgets/{ID}").json == made
+    assert client.get(f"/widgets/{ID.upper()}").json == made
+
+
+@pytest.mark.parametrize("widget_id", [OTHER_ID, "nothing", "%00", "a b", "é", "'; DROP TABLE widget; --"])
+def test_an_unknown_widget_is_answered_404(client: FlaskClient, widget_id: str) -> None:
+    post(client)
+    response = client.get(f"/widgets/{widget_id}")
+    assert (response.status_code, error_code(response)) == (404, "not_found")
+
+
+# What is no request
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"\xef\xbb\xbf{}",
+        b"null",
+        b"[]",
+        b'"x"',
+        '{"widget_id": "x"}'.encode("utf-16"),
+        f'{{"widget_id": "{ID}", "x": NaN}}',
+        f'{{"widget_id": "{ID}", "x": -Infinity}}',
+        f'{{"widget_id": "{ID}", "x": 1e999}}',
+        f'{{"widget_id": "{ID}", "x": {"9" * 5000}}}',
+        f'{{"widget_id": "{ID}", "widget_id": "{ID}"}}',
+        f'{{"widget_id": "{ID}", "x": {{"y": 1, "y": 1}}}}',
+        f'{{"widget_id": "{ID}", "x": "\\ud800"}}',
+        f'{{"widget_id": "{ID}", "\\ud800": 1}}',
+        f'{{"widget_id": "{ID}"}} {{}}',
+        "[" * 60_000,
+        '{"x":' * 10_000,
+    ],
+)
+def test_a_body_that_is_no_json_object_is_answered_400(client: FlaskClient, body: str | bytes) -> None:
+    response = post_body(client, body)
+    assert (response.status_code, error_code(response)) == (400, "bad_json")
+    assert widget_ids(client) == []
+
+
+def test_a_body_of_64_kib_is_taken(client: FlaskClient) -> None:
+    assert post_body(client, json.dumps({"widget_id": ID}).ljust(LIMIT_BYTES)).status_code == 201
+
+
+def test_a_body_of_more_is_answered_413(client: FlaskClient) -> None:
+    assert post_body(client, json.dumps({"widget_id": ID}).ljust(LIMIT_BYTES + 1)).status_code == 413
+    assert widget_ids(client) == []
+
+
+def test_a_body_of_more_that_does_not_say_its_length_is_answered_413(client: FlaskClient) -> None:
+    response = client.post(
+        "/widgets",
+        input_stream=BytesIO(json.dumps({"widget_id": ID}).ljust(2 * LIMIT_BYTES).encode()),
+        content_type="application/json",
+        headers={"Transfer-Encoding": "chunked"},
+        environ_overrides={"wsgi.input_terminated": True},
+    )
+    assert response.status_code == 413
+    assert widget_ids(client) == []
+
+
+def test_a_body_that_says_it_is_larger_is_refused_unread(client: FlaskClient) -> None:
+    stream = BytesIO(b"{}")
+    response = client.post(
+        "/widgets",
+        input_stream=stream,
+        content_type="application/json",
+        environ_overrides={"CONTENT_LENGTH": str(10**10)},
+    )
+    assert (response.status_code, stream.tell()) == (413, 0)
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "application/json; charset=UTF-8"])
+def test_json_in_utf8_is_taken(client: FlaskClient, content_type: str) -> None:
+    body = json.dumps({"widget_id": ID})
+    assert client.post("/widgets", data=body, content_type=content_type).status_code == 201
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        None,
+        "",
+        "text/plain",
+        "text/json",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "application/json; charset=utf-16",
+        "application/jsonx",
+    ],
+)
+def test_any_other_content_type_is_answered_415(client: FlaskClient, content_type: str | None) -> None:
+    response = client.post("/widgets", data=json.dumps({"widget_id": ID}), content_type=content_type)
+    assert (response.status_code, error_code(response)) == (415, "unsupported_media_type")
+    assert widget_ids(client) == []
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "identity"])
+def test_an_encoded_body_is_answered_415(client: FlaskClient, encoding: str) -> None:
+    assert post(client, headers={"Content-Encoding": encoding}).status_code == 415
+
+
+@pytest.mark.parametrize(
+    ("widget_id", "says"),
+    [
+        ("this_is_not_a_valid_widget_id", "'this_is_not_a_valid_widget_id' is no UUID"),
+        ("", "is no UUID"),
+        (f"{ID}\n", "is no UUID"),
+        (f" {ID}", "is no UUID"),
+        (f"{{{ID}}}", "is no UUID"),
+        (f"urn:uuid:{ID}", "is no UUID"),
+        (ID.replace("-", ""), "is no UUID"),
+        (ID.replace("3", "٣"), "is no UUID"),
+        (ID.replace("f", "\N{FULLWIDTH LATIN SMALL LETTER F}"), "is no UUID"),
+        (ID[:-1], "is no UUID"),
+        ("x" * 60_000, "is no UUID"),
+        ("\x1b[2J\r\n\u2028", r"\x1b[2J\r\n\u2028"),
+        ("31f37378-54f4-41e5-ad75-3c970e65f731", "version 4"),
+        ("31f37378-54f4-71e5-ad75-3c970e65f731", "version 7"),
+        ("31f37378-54f4-11e5-cd75-3c970e65f731", "RFC 4122"),
+        ("31f37378-54f4-11e5-7d75-3c970e65f731", "RFC 4122"),
+        ("00000000-0000-0000-0000-000000000000", "RFC 4122"),
+        (5, "must be a string"),
+        (1.5, "must be a string"),
+        (True, "must be a string"),
+        (None, "must be a string"),
+        ([ID], "must be a string"),
+        ({"id": ID}, "must be a string"),
+    ],
+)
+def test_what_is_no_widget_id_is_answered_422_and_told_why(client: FlaskClient, widget_id: object, says: str) -> None:
+    response = post(client, widget_id)
+    assert (response.status_code, error_code(response)) == (422, "bad_widget_id")
+    message = response.json["error"]["message"]
+    assert says in message.replace("\\\\", "\\")
+    assert message.isprintable()
+    assert len(message) < 300
+    assert widget_ids(client) == []
+
+
+def test_a_missing_widget_id_is_answered_422(client: FlaskClient) -> None:
+    response = post_body(client, b"{}")
+    assert (response.status_code, response.json["error"]["message"]) == (422, "widget_id is missing")
+
+
+@given(st.binary() | st.recursive(st.none() | st.text() | st.floats(), st.lists).map(json.dumps).map(str.encode))
+def test_whatever_the_body_holds_it_is_refused_or_names_a_canonical_id(body: bytes) -> None:
+    with suppress(Refused):
+        assert re.fullmatch("[0-9a-f-]{36}", parse_request(body))
+
+
+@given(
+    st.from_regex(
+        r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-1[0-9a-fA-F]{3}-[89abAB][0-9a-fA-F]{3}-[0-9a-fA-F]{12}", fullmatch=True
+    )
+)
+def test_every_canonical_uuid_of_version_1_is_a_widget_id(widget_id: str) -> None:
+    assert parse_request(json.dumps({"widget_id": widget_id}).encode()) == widget_id.lower()
+
+
+# Pages
+
+
+def test_pages_show_every_widget_once_and_newest_first(client: FlaskClient) -> None:
+    for number in range(45):
+        post(client, number_n(number))
+    seen, after, sizes = [], "", []
+    while after is not None:
+        page = client.get("/widgets", query_string={"after": after}).json
+        seen += [widget["id"] for widget in page["widgets"]]
+        sizes.append(len(page["widgets"]))
+        after = page["next"]
+    assert seen == [number_n(number) for number in reversed(range(45))]
+    assert sizes == [20, 20, 5]
+
+
+def test_a_page_that_ends_with_the_last_widget_has_no_next(client: FlaskClient) -> None:
+    for number in range(3):
+        post(client, number_n(number))
+    assert client.get("/widgets?limit=3").json["next"] is None
+    assert client.get("/widgets?limit=2").json["next"] is not None
+
+
+def test_widgets_made_meanwhile_change_no_later_page(client: FlaskClient) -> None:
+    for number in range(4):
+        post(client, number_n(number))
+    after = client.get("/widgets?limit=2").json["next"]
+    post(client, number_n(4))
+    later = client.get("/widgets", query_string={"after": after}).json
+    assert [widget["id"] for widget in later["widgets"]] == [number_n(1), number_n(0)]
+
+
+@pytest.mark.parametrize("path", ["/widgets", "/"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        *("limit=0", "limit=101", "limit=-1", "limit=1.5", "limit=", "limit=x", "limit=%D9%A1", "limit=" + "9" * 5000),
+        *("after=x", "after=-1", "after=1.5", "after=%D9%A1", "after=9223372036854775808", "after=" + "9" * 5000),
+    ],
+)
+def test_a_bad_parameter_is_answered_400(client: FlaskClient, path: str, query: str) -> None:
+    response = client.get(f"{path}?{query}")
+    assert (response.status_code, error_code(response)) == (400, "bad_parameter")
+
+
+def test_a_page_reads_no_more_rows_than_it_shows(client: FlaskClient, other_process: apsw.Connection) -> None:
+    plan = str(other_process.execute(f"EXPLAIN QUERY PLAN {SELECT_PAGE}", (5, 20)).fetchall())
+    assert "SEARCH widget USING INTEGER PRIMARY KEY" in plan
+    assert "TEMP B-TREE" not in plan
+
+
+# The page for people
+
+
+def test_the_page_shows_the_newest_widgets_and_the_totals(client: FlaskClient) -> None:
+    for number in range(25):
+        post(client, number_n(number))
+    post(client, number_n(0))
+    post(client, "no id")
+    text = client.get("/").text
+    assert text.count("<tr>") == 1 + 20
+    assert number_n(24) in text
+    assert re.findall(r"<dt>(.+?)</dt><dd>(.+?)</dd>", text) == [
+        ("Widgets", "25"), ("Repeated requests", "1"), ("Rejected requests", "1")
+    ]  # fmt: skip
+
+
+def test_the_page_leads_to_older_widgets_and_back(client: FlaskClient) -> None:
+    for number in range(25):
+        post(client, number_n(number))
+    (older,) = re.findall(r'href="([^"]+)">Older', client.get("/").text)
+    text = client.get(older.replace("&amp;", "&")).text
+    assert number_n(4) in text
+    assert number_n(5) not in text
+    assert "Older</a>" not in text
+    assert re.findall(r'href="([^"]+)">Newest', text) == ["/?limit=20"]
+
+
+def test_only_the_first_page_refreshes_itself(client: FlaskClient) -> None:
+    refresh = '<meta http-equiv="refresh"'
+    assert refresh in client.get("/").text
+    assert refresh not in client.get("/?after=5").text
+
+
+def test_an_empty_page_says_so(client: FlaskClient) -> None:
+    assert "No widget has been made yet." in client.get("/").text
+
+
+def test_the_page_needs_no_file_from_elsewhere(client: FlaskClient) -> None:
+    post(client)
+    links = re.findall(r'(?:href|src)="([^"]+)"', client.get("/").text)
+    assert links
+    for link in links:
+        assert link.startswith("/")
+        assert client.get(link, buffered=True).status_code == 200
+    assert "url(" not in client.get("/static/widgets.css", buffered=True).text
+
+
+# Other web sites
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST:5000", "[::1]:5000", "127.0.0.1:80"])
+def test_its_own_names_are_answered_at_any_port(client: FlaskClient, host: str) -> None:
+    assert client.get("/", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/widgets", "/healthz", "/metrics", "/static/widgets.css", "/nothing"])
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "", "localhost:80:80", "[::1", "a b", "é"])
+def test_any_other_host_is_answered_400(client: FlaskClient, path: str, host: str) -> None:
+    response = client.get(path, headers={"Host": host})
+    assert (response.status_code, error_code(response)) == (400, "host_not_allowed")
+
+
+def test_further_hosts_can_be_allowed(start: Callable[..., FlaskClient]) -> None:
+    client = start(Faults(), {"widgets.example"})
+    assert client.get("/healthz", headers={"Host": "Widgets.Example:80"}).status_code == 200
+    assert client.get("/healthz", headers={"Host": "localhost"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": ""},
+        {"Origin": "http://["},
+        {"Origin": "http://localhost:8000"},
+        {"Origin": "http://localhost.evil.example"},
+        {"Sec-Fetch-Site": "cross-site"},
+    ],
+)
+def test_another_site_cannot_write(client: FlaskClient, headers: dict[str, str]) -> None:
+    response = post(client, headers=headers)
+    assert (response.status_code, error_code(response)) == (403, "cross_site")
+    assert client.options("/widgets", headers=headers).status_code == 403
+    assert widget_ids(client) == []
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Origin": "http://localhost:5000", "Host": "localhost:5000"}, {"Sec-Fetch-Site": "same-origin"}]
+)
+def test_its_own_site_can_write(client: FlaskClient, headers: dict[str, str]) -> None:
+    assert post(client, headers=headers).status_code == 201
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 200),
+        ("GET", "/widgets", 200),
+        ("GET", "/healthz", 200),
+        ("GET", "/metrics", 200),
+        ("GET", "/static/widgets.css", 200),
+        ("GET", "/widgets?limit=0", 400),
+        ("GET", "/nothing", 404),
+        ("GET", "/static/../widget_maker.py", 404),
+        ("GET", "/widgets/", 404),
+        ("DELETE", "/widgets", 405),
+        ("OPTIONS", "/widgets", 405),
+        ("POST", "/widgets", 415),
+        ("POST", "/", 405),
+    ],
+)
+def test_every_answer_carries_the_security_headers(client: FlaskClient, method: str, path: str, status: int) -> None:
+    response = client.open(path, method=method, buffered=True)
+    assert response.status_code == status
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    assert response.headers["Referrer-Policy"] == "no-referrer"
+    policy = response.headers["Content-Security-Policy"].split("; ")
+    assert policy == [
+        "default-src 'none'",
+        "style-src 'self'",
+        "img-src 'self'",
+        "frame-ancestors 'none'",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    assert not [name for name in response.headers.keys() if name.lower().startswith("access-control-")]  # noqa: SIM118
+    if status >= 400:
+        assert error_code(response)
+
+
+def test_a_method_cannot_be_overridden(client: FlaskClient) -> None:
+    post(client, headers={"X-HTTP-Method-Override": "DELETE"})
+    assert widget_ids(client) == [ID]
+
+
+def test_a_bug_is_answered_500_without_its_traceback(start: Callable[..., FlaskClient]) -> None:
+    client = start()
+    client.application.view_functions["health"] = lambda: 1 // 0
+    response = client.get("/healthz")
+    assert (response.status_code, error_code(response)) == (500, "internal_server_error")
+    assert "ZeroDivisionError" not in response.text
+
+
+# The file cannot be used now
+
+
+def test_a_locked_file_is_answered_503_and_can_still_be_read(
+    start: Callable[..., FlaskClient], other_process: apsw.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim_queues.store, "BUSY_TIMEOUT_S", 0.05)
+    client = start()
+    post(client)
+    other_process.execute("BEGIN IMMEDIATE")
+    response = post(client, OTHER_ID)
+    assert (response.status_code, error_code(response)) == (503, "store_unavailable")
+    assert int(response.headers["Retry-After"]) > 0
+    assert "sqlite" not in response.text
+    assert client.get("/healthz").status_code == 503
+    assert ID in client.get("/").text
+    other_process.execute("ROLLBACK")
+    assert client.get("/healthz").json == {"status": "ok"}
+    assert post(client, OTHER_ID).status_code == 201
+
+
+def test_widgets_can_be_read_while_another_is_waiting_to_be_made(database: Path) -> None:
+    widgets = Widgets(database)
+    with closing(apsw.Connection(str(database))) as other_process, ThreadPoolExecutor() as pool:
+        other_process.execute("BEGIN IMMEDIATE")
+        making = pool.submit(widgets.make, ID)
+        wait_until(widgets._writer[1].locked)
+        assert widgets.count() == 0
+        assert not making.done()
+        other_process.execute("ROLLBACK")
+        assert making.result()[1]
+
+
+def test_a_full_file_is_answered_503_until_there_is_room(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Widgets] = []
+
+    class FullWidgets(Widgets):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            opened.append(self)
+
+    monkeypatch.setattr("widget_maker.Widgets", FullWidgets)
+    client = create_app(database).test_client()
+    writer, _ = opened[0]._writer
+    writer.pragma("max_page_count", writer.pragma("page_count"))
+    answers = [post(client, number_n(number)) for number in range(200)]
+    assert {answer.status_code for answer in answers} == {201, 503}
+    made = [answer.json["id"] for answer in answers if answer.status_code == 201]
+    assert client.get("/widgets?limit=100").json["widgets"][-1]["id"] == made[0]
+    assert len(client.get("/widgets?limit=100").json["widgets"]) == len(made)
+
+
+# Numbers
+
+
+def test_the_metrics_count_what_happened(start: Callable[..., FlaskClient]) -> None:
+    client = start(Faults(fail_rate=1, latency_s=0.001, ids=frozenset([OTHER_ID])))
+    post(client)
+    post(client)
+    post(client, "no id")
+    post(client, OTHER_ID)
+    client.get("/nothing")
+    response = client.get("/metrics")
+    assert response.content_type.startswith("text/plain")
+    assert {line for line in response.text.splitlines() if not line.startswith("#")} == {
+        'widget_maker_posts_total{outcome="created"} 1.0',
+        'widget_maker_posts_total{outcome="repeated"} 1.0',
+        'widget_maker_rejections_total{code="bad_widget_id"} 1.0',
+        'widget_maker_rejections_total{code="not_found"} 1.0',
+        'widget_maker_faults_total{fault="latency"} 1.0',
+        'widget_maker_faults_total{fault="failure"} 1.0',
+    }
+
+
+# Faults
+
+
+def test_the_fail_rate_is_the_share_of_posts_answered_500(start: Callable[..., FlaskClient]) -> None:
+    rolls = iter([0.1, 0.3, 0.0, 0.9])
+    client = start(Faults(fail_rate=0.3, random=lambda: next(rolls)))
+    assert [post(client, number_n(number)).status_code for number in range(4)] == [500, 201, 500, 201]
+    assert widget_ids(client) == [number_n(3), number_n(1)]
+
+
+def test_a_fault_can_strike_one_id_only(start: Callable[..., FlaskClient]) -> None:
+    client = start(Faults(fail_rate=1, ids=frozenset([ID])))
+    assert post(client, ID.upper()).status_code == 500
+    assert post(client, OTHER_ID).status_code == 201
+
+
+def test_latency_comes_before_the_answer(start: Callable[..., FlaskClient], monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("widget_maker.time.sleep", waits.append)
+    client = start(Faults(latency_s=7.0, ids=frozenset([ID])))
+    post(client, OTHER_ID)
+    assert waits == []
+    post(client, ID)
+    assert waits == [7.0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "status"), [(0.0, 201), (9.9, 201), (10.0, 503), (14.9, 503), (15.0, 201), (1000.0, 201)]
+)
+def test_an_outage_lasts_from_its_start_to_its_end(
+    start: Callable[..., FlaskClient], seconds: float, status: int
+) -> None:
+    client = start(Faults(outage=(10.0, 5.0), started=STARTED, clock=lambda: STARTED + seconds))
+    response = post(client)
+    assert response.status_code == status
+    assert client.get("/healthz").status_code == (503 if status == 503 else 200)
+    if status == 503:
+        assert error_code(response) == "outage"
+        assert int(response.headers["Retry-After"]) > 0
+        assert client.get("/").status_code == 200
