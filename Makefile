@@ -1,9 +1,10 @@
 # `make` alone prints the targets. Everything is installed into .venv, from the lock files, without a compiler.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+INSTALL := python -m pip install --quiet --disable-pip-version-check --no-deps
 TESTS := $(BIN)/python -m pytest
 
-.PHONY: help setup demo run test test-quick check coverage mutants lock clean
+.PHONY: help setup demo run test test-quick check mutants readme lock clean
 
 help:  ## print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile
@@ -29,8 +30,11 @@ check: .venv/tests-installed  ## run the linters and the type checker
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-mutants: .venv/tests-installed  ## plant each bug of tests/mutants and see that a test catches it
-	@$(BIN)/python tests/mutants/run.py
+mutants: .venv/tests-installed  ## plant each bug of tests/mutants.toml and see that a test catches it
+	@$(BIN)/python tests/mutants.py
+
+readme: .venv/tests-installed  ## write the option tables of README.md anew
+	@PYTHONPATH=. $(BIN)/python tests/readme.py
 
 lock:  ## compile the lock files anew (needs uv)
 	uv pip compile requirements.txt pyproject.toml --extra zaqar --universal --python-version 3.11 \
@@ -45,12 +49,20 @@ clean:  ## remove the virtual environments and all caches
 .venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	@echo "installing into .venv (once)"
-	@$(PYTHON) -m venv --clear .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/$(INSTALL) --require-hashes -r requirements.lock
+	@$(BIN)/$(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+servers: .venvs/zaqar18/installed .venvs/zaqar23/installed .venvs/sqs/installed  ## install the queue servers that the tests run
+
+.venvs/%/installed: tests/servers/%.lock
+	@echo "installing into .venvs/$* (once)"
+	@test -x .venvs/$*/bin/python || $(PYTHON) -m venv .venvs/$*
+	@.venvs/$*/bin/$(INSTALL) --require-hashes -r $<
 	@touch $@
 
 .venv/tests-installed: .venv/installed tests/requirements.lock
 	@echo "installing what the tests need into .venv (once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r tests/requirements.lock
+	@$(BIN)/$(INSTALL) --require-hashes -r tests/requirements.lock
 	@touch $@

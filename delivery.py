@@ -3,7 +3,7 @@
 answer of the maker                                     outcome   failure
 201 or 200, JSON naming the same widget id              created
 400, 413, 415, 422 with the maker's own JSON error      rejected
-any other 5xx                                                     FAILED
+any other 5xx; a request that cannot be sent                      FAILED
 none, 408, 425, 429, 502, 503, 504                                UNAVAILABLE
 everything else: a redirect, a login, another server              MISCONFIGURED
 """
@@ -11,9 +11,11 @@ everything else: a redirect, a login, another server              MISCONFIGURED
 import email.utils
 import http.client
 import json
+import math
 import os
 import re
 import socket
+import string
 import threading
 import time
 import uuid
@@ -22,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit
 
 import requests
 import urllib3
@@ -35,11 +37,16 @@ from receive_counts import Receives
 
 CONNECT_TIMEOUT_S = 5.0
 MOST_ANSWER_BYTES = 65_536
+MOST_REASON = 1_000
+"""Characters; a reason goes into responses and dead letters, which queues limit in size."""
 LONGEST_RETRY_AFTER_S = 3_600.0
 RESPONSE_IDS = uuid.UUID("8f3f2a0c-5d0f-5a52-9c0b-6f1f5f1d2c11")
 
 REJECTING = frozenset({400, 413, 415, 422})
 UNAVAILABLE = frozenset({408, 425, 429, 502, 503, 504})
+
+_SAFE_IN_HEADERS = string.punctuation.replace("%", "")
+_NO_ANSWER_ERRORS = (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +110,10 @@ class Delivery:
     def headers(self, queue: str) -> dict[str, str]:
         """What the POST tells of the message beside the request itself."""
         message = self.held.message
+        safe_id = quote(message.id, safe=_SAFE_IN_HEADERS, errors="surrogatepass")
         return {
-            "Idempotency-Key": message.id,
-            "webhook-id": message.id,
+            "Idempotency-Key": safe_id,
+            "webhook-id": safe_id,
             "X-Message-Receive-Count": str(self.receives.count),
             "X-Message-Queue": queue,
             "X-Message-Age": str(int(message.age)),
@@ -146,112 +154,134 @@ class MakerMisconfigured(QueuesError):
 class Maker:
     """The widget maker at one URL. deadline_s: wall-clock seconds for one POST, connecting included.
 
-    Raises ConfigError for a URL that is no http or https URL, or that holds credentials.
+    requests decides how the maker is reached: certificates are checked (against REQUESTS_CA_BUNDLE, where the
+    environment names it), no proxy, no .netrc. Raises ConfigError for a URL that is no http or https URL or holds
+    credentials, and for an unusable REQUESTS_CA_BUNDLE.
     """
 
     def __init__(self, url: str, *, deadline_s: float) -> None:
-        parts = _checked(url)
+        _check(url)
         self.url = url
         self.deadline_s = deadline_s
-        self.target = urlunsplit(("", "", parts.path or "/", parts.query, ""))
-        self._health_url = urlunsplit((parts.scheme, parts.netloc, "/healthz", "", ""))
-        self._posting: dict[Connection, float] = {}
+        self._pool, self.target = _reach(url)
+        self._lock = threading.Lock()
+        self._running: dict[Connection, float] = {}
         threading.Thread(target=self._watch_deadlines, name="deadlines", daemon=True).start()
 
     def connect(self) -> "Connection":
         """A connection for one thread; its first POST opens it, and it is kept open."""
-        return Connection(self)
+        return Connection(self, self._pool._new_conn())  # noqa: SLF001 a connection of its own, set up by the pool
 
     def is_healthy(self) -> bool:
         """Say whether the maker's /healthz answers as ours does: 200 and `{"status": "ok"}`."""
-        with requests.Session() as session:
-            session.trust_env = False
-            timeout = min(CONNECT_TIMEOUT_S, self.deadline_s)
-            try:
-                answer = session.get(self._health_url, timeout=timeout, allow_redirects=False, stream=True)
-                content = answer.raw.read(MOST_ANSWER_BYTES)
-            except (requests.RequestException, urllib3.exceptions.HTTPError):
-                return False
-            return bool(answer.status_code == requests.codes.ok and _json_object(content).get("status") == "ok")
+        return self.connect().is_healthy()
 
     @contextmanager
     def deadline(self, connection: "Connection") -> Iterator[None]:
         """Abort what the connection does in this block once deadline_s have passed."""
-        self._posting[connection] = time.monotonic() + self.deadline_s
+        with self._lock:
+            self._running[connection] = time.monotonic() + self.deadline_s
         try:
             yield
         finally:
-            self._posting.pop(connection, None)
+            with self._lock:
+                del self._running[connection]
 
     def _watch_deadlines(self) -> None:
-        # A POST that starts during a sleep ends after it: every POST has the same number of seconds.
+        # What starts during a sleep ends after it: each has the same number of seconds.
         nap = self.deadline_s
         while True:
             time.sleep(max(nap, 0.01))
-            now = time.monotonic()
-            for connection, deadline in list(self._posting.items()):
-                if deadline <= now:
-                    connection.abort()
-            nap = min(list(self._posting.values()), default=now + self.deadline_s) - now
+            with self._lock:
+                now = time.monotonic()
+                for connection, deadline in self._running.items():
+                    if deadline <= now:
+                        connection.abort()
+                nap = min(self._running.values(), default=now + self.deadline_s) - now
 
 
 class Connection:
     """One kept-alive connection to the maker, for one thread.
 
-    requests decides how the maker is reached (certificates checked, no proxy, no .netrc). Its transport is then
-    driven directly: a deadline needs the socket, and a Session's own work costs several times the POST's.
+    The transport is driven directly: a deadline needs the socket, and a requests.Session's own work costs several
+    times the POST's.
     """
 
-    def __init__(self, maker: Maker) -> None:
+    def __init__(self, maker: Maker, transport: Any) -> None:
         self._maker = maker
+        self._transport = transport
+        self._socket: socket.socket | None = None
         self._aborted = False
-        session = requests.Session()
-        session.trust_env = False
-        prepared = session.prepare_request(requests.Request("POST", maker.url))
-        adapter: Any = session.get_adapter(maker.url)
-        verify = os.environ.get("REQUESTS_CA_BUNDLE") or True  # another authority, never none
-        pool = adapter.get_connection_with_tls_context(prepared, verify=verify)
-        adapter.cert_verify(pool, maker.url, verify, cert=None)
-        self._transport = pool._new_conn()  # noqa: SLF001 a connection of our own, set up by the pool
 
     def post(self, request: dict[str, JSON], headers: dict[str, str]) -> Answer:
         """POST the request and read the whole answer; never raises, never follows a redirect."""
-        self._aborted = False
         try:
-            with self._maker.deadline(self):
-                status, found, body = self._exchange(json.dumps(request, allow_nan=False), headers)
-        except (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError) as error:
+            body = json.dumps(request, allow_nan=False).encode()
+            status, found, content = self._exchange("POST", self._maker.target, body, _HEADERS | headers)
+        except _NO_ANSWER_ERRORS as error:
             self.close()
             return Answer(None, Failure.UNAVAILABLE, None, self._explain(error))
-        return judge(status, found, body, request["widget_id"])
+        except (ValueError, RecursionError) as error:
+            self.close()
+            return Answer(None, Failure.FAILED, None, f"the request cannot be sent: {error}"[:MOST_REASON])
+        return judge(status, found, content, request["widget_id"])
+
+    def is_healthy(self) -> bool:
+        """Ask /healthz once, and close the connection."""
+        try:
+            status, _, content = self._exchange("GET", "/healthz", None, _HEADERS, patience_s=CONNECT_TIMEOUT_S)
+        except _NO_ANSWER_ERRORS:
+            return False
+        finally:
+            self.close()
+        return status == requests.codes.ok and _json_object(content).get("status") == "ok"
 
     def abort(self) -> None:
-        """End the POST that runs in another thread."""
+        """End what runs in another thread."""
         self._aborted = True
-        with suppress(OSError, AttributeError):  # not connected yet, or over by itself
-            self._transport.sock.shutdown(socket.SHUT_RDWR)
+        if self._socket is not None:
+            with suppress(OSError):  # not connected yet, or over by itself
+                # Not SSLSocket's own: after that, the other thread would send on without encryption.
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection; the next POST opens a new one."""
         self._transport.close()
 
-    def _exchange(self, body: str, headers: dict[str, str]) -> tuple[int, Mapping[str, str], bytes]:
+    def _exchange(
+        self, method: str, target: str, body: bytes | None, headers: dict[str, str], patience_s: float = math.inf
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """Ask, and read the whole answer. patience_s: longest silence; the deadline ends all of it."""
         transport = self._transport
-        if not transport.is_connected:  # never opened, or closed by the maker while idle
-            transport.close()
-            transport.timeout = min(CONNECT_TIMEOUT_S, self._maker.deadline_s)
-            transport.connect()
-        transport.timeout = self._maker.deadline_s
-        self._check_deadline()
-        transport.request(
-            "POST", self._maker.target, body.encode(), _HEADERS | headers, preload_content=False, decode_content=False
-        )
-        response = transport.getresponse()
-        content = response.read(MOST_ANSWER_BYTES + 1)
-        self._check_deadline()  # the abort may look like the end of the answer
-        if len(content) > MOST_ANSWER_BYTES:
-            transport.close()
+        self._aborted = False
+        with self._maker.deadline(self):
+            self._open()
+            transport.timeout = min(patience_s, self._maker.deadline_s)
+            transport.request(method, target, body, headers, preload_content=False, decode_content=False)
+            answer = self._read_answer()
+            self._check_deadline()  # the abort may look like the end of the answer
+        return answer
+
+    def _read_answer(self) -> tuple[int, Mapping[str, str], bytes]:
+        try:
+            response = self._transport.getresponse()
+            content = response.read(MOST_ANSWER_BYTES + 1)
+        except ValueError as error:  # such as the library's own for a chunk of a negative size
+            raise http.client.HTTPException(str(error)) from error
+        if len(content) > MOST_ANSWER_BYTES or response.status < requests.codes.ok:  # more of it may come
+            response.close()
+            self._transport.close()
+        elif response.length_remaining:
+            raise http.client.IncompleteRead(content, response.length_remaining)
         return response.status, response.headers, content
+
+    def _open(self) -> None:
+        if not self._transport.is_connected:  # never opened, or closed by the maker while idle
+            self._transport.close()
+            self._transport.timeout = min(CONNECT_TIMEOUT_S, self._maker.deadline_s)
+            self._transport.connect()
+            self._socket = self._transport.sock  # the transport forgets it when the answer ends the connection
+        self._check_deadline()
 
     def _check_deadline(self) -> None:
         if self._aborted:
@@ -260,8 +290,9 @@ class Connection:
     def _explain(self, error: Exception) -> str:
         cause = error.__cause__ or error
         if self._aborted or isinstance(cause, TimeoutError | urllib3.exceptions.ReadTimeoutError):
-            return f"no answer within {self._maker.deadline_s:g} s"
-        return f"{type(cause).__name__}: {getattr(cause, 'strerror', None) or cause}"
+            waited = self._maker.deadline_s if self._aborted else self._transport.timeout
+            return f"no answer within {waited:g} s"
+        return f"{type(cause).__name__}: {getattr(cause, 'strerror', None) or cause}"[:MOST_REASON]
 
 
 _HEADERS = {
@@ -275,25 +306,29 @@ _HEADERS = {
 def judge(status: int, headers: Mapping[str, str], body: bytes, widget_id: str) -> Answer:
     """What this answer means for the request that asked for widget_id."""
     content = _json_object(body)
-    error = content.get("error")
-    reason = error.get("message") if isinstance(error, dict) and isinstance(error.get("code"), str) else None
-    retry_after_s = parse_retry_after(headers.get("Retry-After"))
-    if status in (200, 201) and str(content.get("id")).lower() == widget_id.lower():
+    reason = _own_reason(content)
+    named = content.get("id")
+    if status in (200, 201) and isinstance(named, str) and named.lower() == widget_id.lower():
         return Answer("created", None, status)
-    if status in REJECTING and isinstance(reason, str):
+    if status in REJECTING and reason is not None:
         return Answer("rejected", None, status, reason)
-    if status in UNAVAILABLE:
-        return Answer(None, Failure.UNAVAILABLE, status, _reason(reason, status), retry_after_s)
-    if status >= 500:  # noqa: PLR2004
-        return Answer(None, Failure.FAILED, status, _reason(reason, status), retry_after_s)
+    if 500 <= status < 600 or status in UNAVAILABLE:  # noqa: PLR2004
+        failure = Failure.UNAVAILABLE if status in UNAVAILABLE else Failure.FAILED
+        said = f"HTTP {status}" if reason is None else f"HTTP {status}: {reason}"
+        return Answer(None, failure, status, said, parse_retry_after(headers.get("Retry-After")))
     if 300 <= status < 400:  # noqa: PLR2004
-        reason = f"redirected (HTTP {status}) to {headers.get('Location')}: not followed"
-        return Answer(None, Failure.MISCONFIGURED, status, reason)
+        said = f"redirected (HTTP {status}) to {headers.get('Location', 'nowhere')[:MOST_REASON]}: not followed"
+        return Answer(None, Failure.MISCONFIGURED, status, said)
     return Answer(None, Failure.MISCONFIGURED, status, f"HTTP {status}, but not as the widget maker answers")
 
 
-def _reason(reason: JSON, status: int) -> str:
-    return f"HTTP {status}: {reason}" if isinstance(reason, str) else f"HTTP {status}"
+def _own_reason(content: dict[str, Any]) -> str | None:
+    """The message of an error as our maker words it; None where another wrote the answer."""
+    error = content.get("error")
+    if not isinstance(error, dict) or not isinstance(error.get("code"), str):
+        return None
+    reason = error.get("message")
+    return reason[:MOST_REASON] if isinstance(reason, str) else None
 
 
 def parse_retry_after(value: str | None, *, now: Callable[[], float] = time.time) -> float | None:
@@ -303,10 +338,12 @@ def parse_retry_after(value: str | None, *, now: Callable[[], float] = time.time
     if re.fullmatch(r"[0-9]{1,10}", value, re.ASCII):
         return min(float(value), LONGEST_RETRY_AFTER_S)
     try:
-        moment = email.utils.parsedate_to_datetime(value).timestamp()
+        moment = email.utils.parsedate_to_datetime(value)
+        if moment.tzinfo is None:  # the old forms of an HTTP date name no zone
+            moment = moment.replace(tzinfo=UTC)
+        return min(max(0.0, moment.timestamp() - now()), LONGEST_RETRY_AFTER_S)
     except (ValueError, OverflowError):
         return None
-    return min(max(0.0, moment - now()), LONGEST_RETRY_AFTER_S)
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
@@ -317,18 +354,35 @@ def _json_object(body: bytes) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _checked(url: str) -> Any:
-    """The URL's parts; ConfigError says what is wrong with it."""
+def _check(url: str) -> None:
+    """Raise ConfigError, which never shows credentials, unless the URL can be POSTed to."""
     try:
         parts = urlsplit(url)
-        usable = parts.hostname and (parts.port is None or parts.port > 0)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        usable = usable and not re.search(r"[\s\x00-\x1f\x7f\\]", url)
     except ValueError:
         usable = False
-    if not usable or parts.scheme not in ("http", "https") or re.search(r"[\s\x00-\x1f\x7f\\]", url):
-        raise ConfigError(f"maker URL {url}: write http://HOST[:PORT]/PATH or https://...")
-    if parts.username is not None or parts.fragment:
+    if usable and (parts.username is not None or parts.fragment):
         raise ConfigError("maker URL: it must hold neither credentials nor a fragment")
-    return parts
+    if not usable:
+        shown = "" if "@" in url else f" {url}"
+        raise ConfigError(f"maker URL{shown}: write http://HOST[:PORT]/PATH or https://...")
+
+
+def _reach(url: str) -> tuple[Any, str]:
+    """The connection pool for the URL, and its path and query as a request line takes them."""
+    session = requests.Session()
+    session.trust_env = False
+    adapter: Any = session.get_adapter(url)
+    verify = os.environ.get("REQUESTS_CA_BUNDLE") or True  # another authority, never none
+    try:
+        prepared = session.prepare_request(requests.Request("POST", url))
+        pool = adapter.get_connection_with_tls_context(prepared, verify=verify)
+        adapter.cert_verify(pool, url, verify, cert=None)
+        pool.host.encode("idna")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"maker URL {url}: {error}") from error
+    return pool, prepared.path_url
 
 
 def _iso(moment: float) -> str:

@@ -7,19 +7,22 @@ the queue). The order is the safety: a crash anywhere repeats a request, never l
 once.
 """
 
+import math
 import os
-import queue
 import random
 import signal
+import socket
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from claim_queues import (
     ConfigError,
@@ -27,6 +30,7 @@ from claim_queues import (
     Post,
     QueueError,
     Queues,
+    QueuesError,
     QueueUnavailable,
     open_queues,
 )
@@ -39,6 +43,7 @@ from claim_queues.command_line import (
     __version__,
     configure_logging,
     distinct,
+    message_ttl,
     option,
     queue_options,
     require_queues,
@@ -47,7 +52,7 @@ from claim_queues.command_line import (
 from claim_queues.keeper import End, Held, Keeper
 from claim_queues.store import state_path
 from delivery import Connection, Delivery, Maker, MakerMisconfigured
-from receive_counts import ReceiveCounts
+from receive_counts import ReceiveCounts, Receives
 
 POST_SPARE_S = 5.0
 """A POST starts only while the claim is surely held for the deadline and so much more, to settle in."""
@@ -56,7 +61,10 @@ MOST_BACKOFFS_PER_SLOT = 5
 CLAIM_PAUSE_S, LONGEST_CLAIM_PAUSE_S = 0.5, 30.0
 CHECK_QUEUES_EVERY_S = 60.0
 MISCONFIGURED_DRAIN_S = 60.0
+STOP_PATIENCE_S = 10.0
+"""How long a queue service that fails may hold up the end; what is not given back then waits for its claim's end."""
 
+ENDED = b"\0"  # no signal has this number
 NOT_OUR_MAKER = "this is not our widget maker: check --maker-url"
 
 log = Log("widget_consumer")
@@ -126,26 +134,29 @@ class Consumer:
             threading.Thread(target=self._guard, args=(self._work,), name=f"slot-{number}", daemon=True)
             for number in range(self._settings.slots)
         ]
+        log.info("consuming", queue=self._settings.request_queue, service=self._queues.address, maker=self._maker.url)
         for slot in slots:
             slot.start()
         self._guard(self._claim_until_done)
         self.stop()
         for slot in slots:
             slot.join()
-        if left := self._keeper.close(self._maker.deadline_s):
+        with self._lock:
+            self._excuse(self._breaker.take_suspects())  # those of the last POSTs
+        if left := self._keeper.close(STOP_PATIENCE_S):
             log.warning("not given back: free again when their claims end", messages=left)
         if self._error is not None:
             raise self._error
 
     def stop(self) -> None:
         """Claim nothing more, let POSTs in flight end, give everything else back at once. From any thread."""
+        self._queues.stop_waiting()
+        self._keeper.hurry()
         with self._lock:
             self._stopping = True
             self._has_work.notify_all()
             self._has_room.notify_all()
             self._excuse([*self._breaker.take_suspects(), *self._take_waiting()])
-        self._queues.stop_waiting()
-        self._keeper.hurry()
 
     def status(self) -> dict[str, int]:
         """What goes on now: messages held and waiting for a slot, POSTs in flight, and 1 for an open breaker."""
@@ -161,10 +172,9 @@ class Consumer:
 
     def _claim_until_done(self) -> None:
         pause = 0.0
-        while (limit := self._wait_for_room()) > 0:
+        while (claim := self._next_claim()) is not None:
             try:
-                found = self._probe() if self._breaker.is_open else self._claim(limit, self._settings.poll_interval)
-                if not found and self._is_done():
+                if not claim() and self._is_done():
                     return
                 pause = 0.0
                 self._service_answers("claim")
@@ -175,18 +185,19 @@ class Consumer:
                 with self._lock:
                     self._has_room.wait_for(lambda: self._stopping, pause * self._uniform(0.5, 1))
 
-    def _wait_for_room(self) -> int:
-        """Wait until a claim is wanted: of how many messages; 0 ends claiming."""
+    def _next_claim(self) -> Callable[[], bool] | None:
+        """Wait until a claim is wanted, of a batch or of one message to try the maker with; None ends claiming."""
         with self._lock:
             while not self._stopping:
                 now = time.monotonic()
                 decide_at = self._breaker.decide_at
                 if self._breaker.is_open:
-                    self._end_misconfigured_drain(now)
+                    if now >= self._hopeless_at():
+                        raise MakerMisconfigured(f"{self._maker.url}: {NOT_OUR_MAKER}; the queue is as it was")
                     busy = bool(self._waiting or self._posting)
                     if not busy and now >= self._breaker.next_probe_at:
-                        return 1
-                    self._has_room.wait(None if busy else self._breaker.next_probe_at - now)
+                        return self._probe
+                    self._has_room.wait(None if busy else min(self._breaker.next_probe_at, self._hopeless_at()) - now)
                 elif decide_at is not None and now >= decide_at:
                     self._act_on(self._breaker.undecided())
                 elif len(self._waiting) >= self._settings.slots:
@@ -194,22 +205,30 @@ class Consumer:
                 elif self._keeper.backing_off() > MOST_BACKOFFS_PER_SLOT * self._settings.slots:
                     self._has_room.wait(CLAIM_PAUSE_S)
                 else:
-                    return self._settings.claim_limit
-            return 0
+                    return self._claim_batch
+            return None
 
-    def _claim(self, limit: int, wait: float) -> bool:
-        found = self._keeper.claim(self._settings.request_queue, limit=limit, wait=wait)
-        if found:
-            self._admit(found)
-        return bool(found)
+    def _hopeless_at(self) -> float:
+        """When a drain gives up on a maker that waiting does not mend (monotonic); infinity while it need not."""
+        since = self._breaker.misconfigured_since
+        return since + MISCONFIGURED_DRAIN_S if self._settings.drain and since is not None else math.inf
+
+    def _claim_batch(self) -> bool:
+        return self._claim(self._settings.claim_limit, wait=self._settings.poll_interval)
 
     def _probe(self) -> bool:
         """Claim one message to try the maker with: another than the one that failed last, if there is another."""
-        if self._claim(1, wait=0):
+        if self._claim(1, wait=0, probe=True):
             return True
         with self._lock:
             self._excuse(self._breaker.take_suspects())
-        return self._claim(1, self._settings.poll_interval)
+        return self._claim(1, wait=self._settings.poll_interval, probe=True)
+
+    def _claim(self, limit: int, *, wait: float, probe: bool = False) -> bool:
+        found = self._keeper.claim(self._settings.request_queue, limit=limit, wait=wait)
+        if found:
+            self._admit(found, probe=probe)
+        return bool(found)
 
     def _is_done(self) -> bool:
         """See to the queues now and then while there is nothing to claim; with drain, say whether nothing is left."""
@@ -224,25 +243,31 @@ class Consumer:
             self._empty_since = now
         return now - self._empty_since >= self._queues.limits.stats_settle
 
-    def _admit(self, found: list[Held]) -> None:
+    def _admit(self, found: list[Held], *, probe: bool) -> None:
         """Count the receives before anything else; then line the messages up for the slots, or end them here."""
-        receives = self._counts.received([held.message for held in found])
+        receives = self._count(found)
         with self._lock:
             self.totals["received"] += len(found)
             for held, counted in zip(found, receives, strict=True):
-                probe = self._breaker.is_open
-                delivery = Delivery(
-                    held, counted, probe=probe, alone=probe and self._breaker.last_failed == held.message.id
-                )
+                alone = probe and self._breaker.last_failed == held.message.id
+                delivery = Delivery(held, counted, probe=probe, alone=alone)
                 if delivery.widget_id is None:
                     self._bury(delivery, "the body is no request: a JSON object with a string widget_id")
                 elif counted.charged > self._settings.max_receives:
                     self._bury(delivery, f"received {counted.charged} times without an outcome")
-                elif self._stopping or (probe and len(found) > 1):
+                elif self._stopping or (self._breaker.is_open and not probe):
                     self._excuse([delivery])
                 else:
                     self._waiting.append(delivery)
             self._has_work.notify(len(found))
+
+    def _count(self, found: list[Held]) -> list[Receives]:
+        try:
+            return self._counts.received([held.message for held in found])
+        except QueuesError:
+            for held in found:
+                self._keeper.give_back(held)
+            raise
 
     # POST
 
@@ -307,7 +332,8 @@ class Consumer:
         """Blame and excuse as the breaker says; when it opens, give back all that waits for a slot."""
         for delivery in verdict.blamed:
             self._blame(delivery)
-        self._counts.excuse(verdict.pardoned)
+        with self._counts_written():
+            self._counts.excuse(verdict.pardoned)
         self._excuse(verdict.excused, longest_backoff_s=LONGEST_PAUSE_S)
         if verdict.opened_by is not None:
             self._report_maker(verdict.opened_by)
@@ -321,11 +347,6 @@ class Consumer:
             say = log.error if misconfigured else log.warning
             say(event, url=self._maker.url, reason=delivery.answer.reason)
         self._reported = event
-
-    def _end_misconfigured_drain(self, now: float) -> None:
-        since = self._breaker.misconfigured_since
-        if self._settings.drain and since is not None and now - since >= MISCONFIGURED_DRAIN_S:
-            raise MakerMisconfigured(f"{self._maker.url}: {NOT_OUR_MAKER}; the queue is as it was")
 
     def _blame(self, delivery: Delivery) -> None:
         """The failure counts: the message comes back after a backoff or, received often enough, is a dead letter."""
@@ -342,10 +363,23 @@ class Consumer:
 
     def _excuse(self, deliveries: Collection[Delivery], *, longest_backoff_s: float = 0) -> None:
         """Give the messages back, by default at once; this receive does not count against them."""
+        if not deliveries:
+            return
         self.totals["excused"] += len(deliveries)
-        self._counts.excuse([delivery.id for delivery in deliveries])
+        with self._counts_written():
+            self._counts.excuse([delivery.id for delivery in deliveries])
         for delivery in deliveries:
             self._keeper.give_back(delivery.held, delay=self._backoff(delivery.receives.count, longest_backoff_s))
+
+    @contextmanager
+    def _counts_written(self) -> Iterator[None]:
+        """A file that is locked makes the counts less exact, no more; a damaged one ends the consumer in good order."""
+        try:
+            yield
+        except QueueUnavailable as error:
+            log.warning("receive counts not written", reason=str(error))
+        except QueuesError as error:
+            self._end_with(error)
 
     def _backoff(self, attempt: int, longest_s: float) -> float:
         return backoff(attempt, base_s=BACKOFF_BASE_S, longest_s=longest_s, uniform=self._uniform)
@@ -373,14 +407,20 @@ class Consumer:
         try:
             work()
         except Exception as error:
-            self.keeper_died(error)
+            self._end_with(error)
+
+    def _end_with(self, error: Exception) -> None:
+        with self._lock:
+            self._error = self._error or error
+            self.stop()
 
     # What the keeper tells (KeeperEvents)
 
     def messages_ended(self, ended: list[Held], end: End) -> None:
         ids = [held.message.id for held in ended]
         if end is End.SETTLED:
-            self._counts.forget(ids)
+            with self._counts_written():
+                self._counts.forget(ids)
         elif end is End.LOST:
             self.totals["lost"] += len(ids)
             for id_ in ids:
@@ -396,9 +436,7 @@ class Consumer:
         self._service_answers("settle")
 
     def keeper_died(self, error: Exception) -> None:
-        with self._lock:
-            self._error = self._error or error
-        self.stop()
+        self._end_with(error)
 
     def _service_fails(self, doing: str, error: Exception) -> None:
         """One line when the queue service stops doing something, not one for each attempt."""
@@ -437,27 +475,44 @@ def serve_metrics(consumer: Consumer, port: int) -> None:
 
 def run_until_signal(consumer: Consumer) -> None:
     """Run the consumer; the first signal stops it in good order, a second one ends the process at once."""
-    events: queue.SimpleQueue[int | Exception | None] = queue.SimpleQueue()  # its put is safe in a signal handler
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, _frame: events.put(number))
+    errors: list[Exception] = []
 
     def work() -> None:
         try:
             consumer.run()
-            events.put(None)
         except Exception as error:
-            events.put(error)
+            errors.append(error)
+        writer.send(ENDED)
 
-    threading.Thread(target=work, name="consumer", daemon=True).start()
-    event = events.get()
-    if isinstance(event, int):
-        log.info("stopping: finishing what is in flight; a second signal ends at once")
-        consumer.stop()
-        event = events.get()
-    if isinstance(event, int):
-        os._exit(128 + event)
-    if event is not None:
-        raise event
+    with signal_numbers() as (reader, writer):
+        threading.Thread(target=work, name="consumer", daemon=True).start()
+        event = reader.recv(1)
+        if event != ENDED:
+            log.info("stopping: finishing what is in flight; a second signal ends at once")
+            consumer.stop()
+            event = reader.recv(1)
+        if event != ENDED:
+            os._exit(128 + event[0])
+    if errors:
+        raise errors[0]
+
+
+@contextmanager
+def signal_numbers() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A pair of sockets: what comes out of the first is the number of each signal, and what is sent by the second.
+
+    A signal handler alone would not wake a thread that is just falling asleep.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    with reader, writer:
+        signal.set_wakeup_fd(writer.fileno())
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+        try:
+            yield reader, writer
+        finally:
+            signal.set_wakeup_fd(-1)  # the next file may be given the same number
 
 
 @click.command(context_settings=SETTINGS)
@@ -514,7 +569,6 @@ def cli(ctx: click.Context, /, **given: Any) -> None:
         consumer = Consumer(queues, maker, counts, settings)
         if given["metrics_port"]:
             serve_metrics(consumer, given["metrics_port"])
-        log.info("consuming", queue=settings.request_queue, service=queues.address, maker=maker.url)
         run_until_signal(consumer)
         counts.close()
 
@@ -522,13 +576,13 @@ def cli(ctx: click.Context, /, **given: Any) -> None:
 def _settings(ctx: click.Context, queues: Queues, given: dict[str, Any]) -> Settings:
     """The options as this service can honour them; an option that it cannot is refused."""
     limits = queues.limits
-    for name, impossible in (("grace", limits.grace is None), ("response_ttl", limits.message_ttl is None)):
-        if impossible and ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            raise ConfigError(f"--{name.replace('_', '-')}: {limits.service} has no such thing")
+    if limits.grace is None and ctx.get_parameter_source("grace") is not ParameterSource.DEFAULT:
+        raise ConfigError(f"--grace: {limits.service} has no such thing")
     values = {name: given[name] for name in Settings.__dataclass_fields__}
     values["claim_limit"] = given["claim_limit"] or limits.claim_limit
-    values["response_ttl"] = given["response_ttl"] if limits.message_ttl else None
+    values["response_ttl"] = message_ttl(ctx, limits, "response_ttl")
     limits.check_claim(ttl=values["claim_ttl"], grace=values["grace"], limit=values["claim_limit"])
+    limits.check_message_ttl(values["response_ttl"])
     return Settings(**values)
 
 

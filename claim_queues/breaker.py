@@ -108,7 +108,7 @@ class Breaker(Generic[C]):
         self.last_failed = case.id
         if guilty and case.failure is not Failure.MISCONFIGURED:
             self._close()
-            return Verdict(blamed=[case])
+            return Verdict(blamed=[case], excused=self.take_suspects())
         self._row.add(case.id)
         many = len(self._row) >= MOST_FAILURES
         if case.failure is Failure.FAILED and not probing and not many:

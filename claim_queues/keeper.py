@@ -4,14 +4,12 @@ A consumer claims through the keeper, works on the messages in any order, and sa
 thread does the rest, so that a slow settlement or renewal never holds up the consumer's work.
 """
 
-import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from .base import Claim, Message, Post, Queues, Settlement
 from .errors import ClaimLost, MessageRefused, QueueError
@@ -32,13 +30,36 @@ class End(Enum):
     LOST = "lost"
 
 
+@dataclass(slots=True)
+class Pause:
+    """Between attempts at what the service refuses. seconds: 0 while nothing was refused. until: monotonic time."""
+
+    seconds: float = 0.0
+    until: float = 0.0
+
+    def lengthen(self, now: float) -> None:
+        self.seconds = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2 * self.seconds))
+        self.until = now + self.seconds
+
+    def end(self) -> None:
+        self.seconds = self.until = 0.0
+
+
 @dataclass(eq=False, slots=True)
 class HeldClaim:
-    """A claim and what is still open of it. until: monotonic time up to which it is surely ours."""
+    """A claim and what is still open of it. until: monotonic time up to which it is surely ours.
+
+    settle_at: when its settlements have waited long enough for company. settling, keeping: apart, so that a service
+    that refuses settlements still renews. calling: held during each call of the service that concerns the claim.
+    """
 
     claim: Claim
     until: float
     open: dict[str, "Held"] = field(default_factory=dict)
+    settle_at: float = 0.0
+    settling: Pause = field(default_factory=Pause)
+    keeping: Pause = field(default_factory=Pause)
+    calling: threading.RLock = field(default_factory=threading.RLock)
 
 
 @dataclass(eq=False, slots=True)
@@ -51,9 +72,17 @@ class Held:
     back_at: float | None = None
     lost: bool = False
 
+    @property
+    def is_over(self) -> bool:
+        """Whether its owner has said how it ends."""
+        return self.settlement is not None or self.back_at is not None
+
 
 class KeeperEvents(Protocol):
-    """What a keeper tells its owner, from the keeper's thread and without holding any lock."""
+    """What a keeper tells its owner, from the keeper's thread or that of a call of holds().
+
+    They may call settle() and give_back(), and must not wait for a thread that calls holds().
+    """
 
     def messages_ended(self, ended: list[Held], end: End) -> None:
         """The messages are no longer held."""
@@ -65,10 +94,20 @@ class KeeperEvents(Protocol):
         """The service failed and will be asked again; told for each attempt."""
 
     def service_answered(self) -> None:
-        """The service did what it was asked."""
+        """The service does again all that it was asked."""
 
     def keeper_died(self, error: Exception) -> None:
         """Something that waiting cannot mend (a damaged file, refused credentials): nothing is held any more."""
+
+
+class _Step(NamedTuple):
+    """What to do next about a claim, and when. call None: nothing, it is lost. rank: among those that are due."""
+
+    due: float
+    rank: int
+    claim: HeldClaim
+    call: Callable[[HeldClaim], None] | None = None
+    pause: Pause | None = None
 
 
 class Keeper:
@@ -90,11 +129,7 @@ class Keeper:
         self._clock = clock
         self._changed = threading.Condition()
         self._claims: dict[str, HeldClaim] = {}
-        self._outbox: list[Held] = []
-        self._outbox_due = 0.0
-        self._pause = 0.0
-        self._not_before = 0.0
-        self._hurried = self._closing = False
+        self._failing = self._hurried = self._closing = False
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
         self._thread.start()
 
@@ -106,32 +141,28 @@ class Keeper:
             return []
         held_claim = HeldClaim(claim, asked_at + self._claim_ttl - SAFETY_S)
         held_claim.open = {message.id: Held(message, held_claim) for message in claim.messages}
+        found = list(held_claim.open.values())
         with self._changed:
             self._claims[claim.id] = held_claim
             self._changed.notify()
-        return list(held_claim.open.values())
+        return found
 
     def holds(self, held: Held, seconds: float) -> bool:
         """Say whether the message is surely ours for so long, after renewing its claim if need be."""
-        if not held.lost and held.of.until - self._clock() < seconds:
-            try:
-                self._renew(held.of)
-            except QueueError as error:
-                self._events.service_failed(error)
-        return not held.lost and held.of.until - self._clock() >= seconds
+        claim = held.of
+        if not held.lost and claim.until - self._clock() < seconds:
+            with claim.calling:
+                if not held.lost and claim.until - self._clock() < seconds:  # another thread may have renewed it
+                    self._ask(self._renew, claim, claim.keeping)
+        return not held.lost and claim.until - self._clock() >= seconds
 
     def settle(self, held: Held, posts: Iterable[Post], *, fenced: bool) -> None:
         """Post what became of the message and delete it: soon, and together with others."""
         with self._changed:
-            if held.lost:
-                return
+            if all(other.settlement is None for other in held.of.open.values()):
+                held.of.settle_at = self._clock() + self._queues.limits.settle_linger
             held.settlement = Settlement(held.message, tuple(posts), fenced)
-            self._outbox.append(held)
-            if len(self._outbox) == 1:
-                self._outbox_due = self._clock() + self._queues.limits.settle_linger
-                self._changed.notify()
-            elif len(self._outbox) == self._queues.limits.claim_limit:
-                self._changed.notify()
+            self._changed.notify()
 
     def give_back(self, held: Held, *, delay: float = 0) -> None:
         """Make the message free again after `delay` seconds, or as near to that as the service can."""
@@ -150,7 +181,7 @@ class Keeper:
             return sum(held.back_at is not None for claim in self._claims.values() for held in claim.open.values())
 
     def hurry(self) -> None:
-        """From now on give back and settle without delay."""
+        """From now on settle at once and keep nothing back that is to be free later: only the service may delay it."""
         with self._changed:
             self._hurried = True
             self._changed.notify()
@@ -161,45 +192,70 @@ class Keeper:
             self._hurried = self._closing = True
             self._changed.notify()
         self._thread.join(patience)
-        return self.count()
+        with self._changed:
+            left = self.count()
+            self._claims.clear()  # nothing more is asked of the service
+            self._changed.notify()
+        return left
 
     def _run(self) -> None:
         try:
-            while (action := self._next_action()) is not None:
-                try:
-                    action()
-                except QueueError as error:
-                    self._pause = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2 * self._pause))
-                    self._not_before = self._clock() + self._pause
-                    self._events.service_failed(error)
-                else:
-                    if self._pause:
-                        self._pause = 0.0
-                        self._events.service_answered()
+            while (step := self._next_step()) is not None:
+                claim = step.claim
+                with claim.calling:
+                    if claim.until <= self._clock():
+                        self._end(claim.open.values(), End.LOST)
+                    elif step.call is not None and step.pause is not None and claim.open:
+                        self._ask(step.call, claim, step.pause)
         except Exception as error:  # whatever it is, the owner must hear that nothing is held any more
             self._events.keeper_died(error)
 
-    def _next_action(self) -> Callable[[], None] | None:
+    def _ask(self, call: Callable[[HeldClaim], None], claim: HeldClaim, pause: Pause) -> None:
+        """Ask the service; what it refuses is tried again after a pause."""
+        try:
+            call(claim)
+        except QueueError as error:
+            pause.lengthen(self._clock())
+            self._failing = True
+            self._events.service_failed(error)
+            return
+        pause.end()
+        if self._failing and not self._is_refused_something():
+            self._failing = False
+            self._events.service_answered()
+
+    def _is_refused_something(self) -> bool:
+        with self._changed:
+            return any(claim.settling.seconds or claim.keeping.seconds for claim in self._claims.values())
+
+    def _next_step(self) -> _Step | None:
         """Wait for what is to be done next; None when the keeper is closed and holds nothing."""
         with self._changed:
             while self._claims or not self._closing:
-                due, action = min(self._actions(), key=lambda found: found[0], default=(math.inf, None))
                 now = self._clock()
-                if action is not None and due <= now:
-                    return action
-                self._changed.wait(None if due == math.inf else due - now)
+                # A renewal that is due cannot wait behind settlements that never end.
+                step = min(self._steps(), key=lambda step: (max(step.due, now), step.rank), default=None)
+                if step is not None and step.due <= now:
+                    return step
+                self._changed.wait(None if step is None else step.due - now)
             return None
 
-    def _actions(self) -> Iterable[tuple[float, Callable[[], None]]]:
-        """What will have to be done, and when (monotonic)."""
-        if self._outbox:
-            hurry = self._hurried or len(self._outbox) >= self._queues.limits.claim_limit
-            yield max(self._not_before, 0 if hurry else self._outbox_due), self._flush
+    def _steps(self) -> Iterator[_Step]:
         for claim in self._claims.values():
-            yield claim.until, partial(self._lose, claim)
-            yield max(self._not_before, claim.until - self._claim_ttl / 2), partial(self._renew, claim)
+            yield _Step(claim.until, 0, claim)
+            renew_at = max(claim.keeping.until, claim.until - self._claim_ttl / 2)
+            yield _Step(renew_at, 1, claim, self._renew, claim.keeping)
+            if (settle_at := self._settle_at(claim)) is not None:
+                yield _Step(max(claim.settling.until, settle_at), 2, claim, self._settle, claim.settling)
             if (release_at := self._release_at(claim)) is not None:
-                yield max(self._not_before, release_at), partial(self._release, claim)
+                yield _Step(max(claim.keeping.until, release_at), 2, claim, self._release, claim.keeping)
+
+    def _settle_at(self, claim: HeldClaim) -> float | None:
+        """When to settle: at once when nothing of the claim can join, else after a short wait for company."""
+        if all(held.settlement is None for held in claim.open.values()):
+            return None
+        alone = self._hurried or all(held.is_over for held in claim.open.values())
+        return 0 if alone else claim.settle_at
 
     def _release_at(self, claim: HeldClaim) -> float | None:
         """When to release: one by one at once (the service keeps the delay), else all at the latest backoff."""
@@ -208,46 +264,30 @@ class Keeper:
             return None
         return 0 if self._hurried or self._queues.limits.releases_one_message else max(backs)
 
-    def _flush(self) -> None:
-        """Settle the outbox, claim by claim; what was not reached when the service fails stays in it."""
-        with self._changed:
-            waiting, self._outbox = self._outbox, []
-        batches: dict[HeldClaim, list[Held]] = {}
-        for held in waiting:
-            batches.setdefault(held.of, []).append(held)
-        try:
-            while batches:
-                claim, batch = next(iter(batches.items()))
-                self._settle(claim, [held for held in batch if not held.lost])
-                del batches[claim]
-        finally:
-            with self._changed:
-                self._outbox[:0] = [held for batch in batches.values() for held in batch if not held.lost]
-
-    def _settle(self, claim: HeldClaim, batch: list[Held]) -> None:
-        if claim.until <= self._clock() and not self._queues.limits.fenced_delete:
-            self._lose(claim)  # the service would not notice
-            return
+    def _settle(self, claim: HeldClaim) -> None:
+        batch = [held for held in self._open(claim) if held.settlement is not None]
         settled = self._queues.settle(claim.claim, [held.settlement for held in batch if held.settlement])
+        refused = [held for held in batch if held.message.id in settled.refused]
+        with self._changed:
+            for held in refused:
+                held.settlement = None
+                held.back_at = self._clock() + REFUSED_DELAY_S
         self._end([held for held in batch if held.message.id in settled.deleted], End.SETTLED)
         self._end([held for held in batch if held.message.id in settled.lost], End.LOST)
-        for held in batch:
-            if (refused := settled.refused.get(held.message.id)) is not None:
-                held.settlement = None
-                self._events.message_refused(held, refused)
-                self.give_back(held, delay=REFUSED_DELAY_S)
+        for held in refused:
+            self._events.message_refused(held, settled.refused[held.message.id])
 
     def _renew(self, claim: HeldClaim) -> None:
         asked_at = self._clock()
-        open_messages = [held.message for held in list(claim.open.values())]
         try:
-            self._queues.renew(claim.claim, ttl=self._claim_ttl, messages=open_messages)
+            self._queues.renew(claim.claim, ttl=self._claim_ttl, messages=[held.message for held in self._open(claim)])
         except ClaimLost as error:
-            self._lose(claim, error.ids)
-        claim.until = asked_at + self._claim_ttl - SAFETY_S
+            self._end([held for held in self._open(claim) if not error.ids or held.message.id in error.ids], End.LOST)
+        with self._changed:
+            claim.until = asked_at + self._claim_ttl - SAFETY_S
 
     def _release(self, claim: HeldClaim) -> None:
-        given_back = [held for held in list(claim.open.values()) if held.back_at is not None]
+        given_back = [held for held in self._open(claim) if held.back_at is not None]
         if not self._queues.limits.releases_one_message:
             self._queues.release(claim.claim)
             self._end(given_back, End.RELEASED)
@@ -260,15 +300,16 @@ class Keeper:
             self._queues.release(claim.claim, [held.message for held in batch], delay=delay)
             self._end(batch, End.RELEASED)
 
-    def _lose(self, claim: HeldClaim, ids: frozenset[str] = frozenset()) -> None:
-        self._end([held for id_, held in list(claim.open.items()) if not ids or id_ in ids], End.LOST)
+    def _open(self, claim: HeldClaim) -> list[Held]:
+        with self._changed:
+            return list(claim.open.values())
 
     def _end(self, ended: Iterable[Held], end: End) -> None:
-        ended = list(ended)
         with self._changed:
+            # Of the claim's open ones only: each message ends once.
+            ended = [held for held in list(ended) if held.of.open.pop(held.message.id, None) is not None]
             for held in ended:
                 held.lost = end is End.LOST
-                held.of.open.pop(held.message.id, None)
                 if not held.of.open:
                     self._claims.pop(held.of.claim.id, None)
         if ended:

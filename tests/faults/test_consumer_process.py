@@ -1,0 +1,260 @@
+"""The consumer as a process: signals, kill -9, a wrong maker, exit codes, logs and metrics."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+import requests
+from scripted_maker import Raw, Reply, Request, ScriptedMaker
+from support import Script, free_port, run_script, script, wait_until
+
+import widget_consumer
+from claim_queues.sqlite import SqliteQueues
+from widget_consumer import Consumer
+
+REQUESTS, RESPONSES = "itchy-octo-chainsaw-request", "itchy-octo-chainsaw-response"
+DEAD_LETTERS = "itchy-octo-chainsaw-dead-letter"
+
+
+class Bench:
+    """A queue file with ten requests and a maker that holds its answers back until `go_on` is set."""
+
+    def __init__(self, directory: Path, maker: ScriptedMaker, queues: SqliteQueues) -> None:
+        self.directory = directory
+        self.maker = maker
+        self.queues = queues
+        self.options: list[object] = ["--queue-url", f"sqlite:///{directory / 'q.sqlite3'}", "--maker-url", maker.url]
+        self.go_on = threading.Event()
+        self.ids = [f"{number:08x}-54f4-11e5-ad75-3c970e65f731" for number in range(10)]
+        queues.post(REQUESTS, [{"widget_id": id_} for id_ in self.ids])
+        maker.answer = self._hold_back
+
+    def _hold_back(self, request: Request) -> Reply:
+        self.go_on.wait(30)
+        return self.maker.real(request)
+
+    def consumer(self, *options: object) -> AbstractContextManager[Script]:
+        return script("widget_consumer.py", *self.options, *options, cwd=self.directory)
+
+    def outcomes(self) -> list[str]:
+        return [message.body["outcome"] for message in self.queues.browse(RESPONSES, limit=1000).messages]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with ScriptedMaker() as maker, SqliteQueues(tmp_path / "q.sqlite3") as queues:
+        made = Bench(tmp_path, maker, queues)
+        yield made
+        made.go_on.set()
+
+
+# Kill -9
+
+
+def test_what_a_killed_consumer_held_is_received_again_after_the_claim_ttl_and_made_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_and_say_nothing(request: Request) -> Raw:
+        bench.maker.real(request)
+        return Raw(end="hang")
+
+    bench.maker.answer = make_and_say_nothing
+    with bench.consumer("--slots", "4", "--claim-ttl", "60") as killed:
+        wait_until(lambda: len(bench.maker.requests) == 4)
+        killed.kill()
+    bench.maker.answer = bench.maker.real
+
+    assert bench.queues.claim(REQUESTS, ttl=60, grace=60, limit=20) is None
+    drain_ahead(bench, monkeypatch, seconds=61)
+
+    assert bench.outcomes() == ["created"] * 10
+    assert sorted(bench.maker.widgets) == bench.ids
+    assert len(bench.maker.requests) == 4 + 10
+    again = [request for request in bench.maker.requests[4:] if request.headers["X-Message-Receive-Count"] == "2"]
+    assert len(again) == 10
+
+
+def drain_ahead(bench: Bench, monkeypatch: pytest.MonkeyPatch, *, seconds: float) -> None:
+    """Drain the queue by a consumer, in this process, for which so many seconds have passed."""
+    later = SqliteQueues(bench.directory / "q.sqlite3", clock=lambda: time.time() + seconds)
+    monkeypatch.setattr(widget_consumer, "open_queues", lambda url: later)
+    monkeypatch.setattr(widget_consumer, "configure_logging", lambda form, level: None)
+    monkeypatch.setattr(widget_consumer, "run_until_signal", Consumer.run)
+    widget_consumer.cli.main([*map(str, bench.options), "--drain"], standalone_mode=False)
+
+
+# Signals
+
+
+def test_sigterm_lets_posts_in_flight_end_and_frees_the_rest_at_once(bench: Bench) -> None:
+    with bench.consumer("--slots", "2") as consumer:
+        wait_until(lambda: len(bench.maker.requests) == 2)
+        consumer.signal(signal.SIGTERM)
+        wait_until(lambda: bench.queues.stats(REQUESTS).free == 8)
+        assert bench.queues.stats(REQUESTS).claimed == 2
+
+        bench.go_on.set()
+        assert consumer.exit_code() == 0
+
+    assert bench.outcomes() == ["created", "created"]
+    assert (bench.queues.stats(REQUESTS).free, len(bench.maker.requests)) == (8, 2)
+    assert "Traceback" not in consumer.err
+
+
+@pytest.mark.parametrize(("second", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_second_signal_ends_the_consumer_at_once(bench: Bench, second: int, code: int) -> None:
+    with bench.consumer("--slots", "2") as consumer:
+        wait_until(lambda: len(bench.maker.requests) == 2)
+        consumer.signal(signal.SIGTERM)
+        wait_until(lambda: "a second signal ends at once" in consumer.err)
+        consumer.signal(second)
+
+        assert consumer.exit_code(seconds=2) == code
+
+    assert (bench.queues.stats(REQUESTS).total, bench.outcomes()) == (10, [])
+    assert "Traceback" not in consumer.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_an_idle_consumer_promptly(bench: Bench, number: int) -> None:
+    bench.queues.purge(REQUESTS)
+    with bench.consumer("--poll-interval", "20") as consumer:
+        wait_until(lambda: "consuming" in consumer.err)
+        consumer.signal(number)
+
+        assert consumer.exit_code(seconds=2) == 0
+
+    assert "Traceback" not in consumer.err
+
+
+def test_sigterm_ends_a_consumer_that_waits_for_its_maker_promptly(bench: Bench) -> None:
+    nobody = f"http://127.0.0.1:{free_port()}/widgets"
+    with bench.consumer("--maker-url", nobody) as consumer:
+        wait_until(lambda: "the maker is unavailable" in consumer.err)
+        consumer.signal(signal.SIGTERM)
+
+        assert consumer.exit_code(seconds=2) == 0
+
+    left = bench.queues.stats(REQUESTS)
+    assert (left.total, left.claimed) == (10, 0)
+
+
+# A wrong maker
+
+
+def test_a_wrong_maker_url_leaves_the_queue_full_and_asks_nobody_else(bench: Bench) -> None:
+    with ScriptedMaker() as elsewhere:
+        wrong = iter(
+            [
+                Reply(404, "<h1>Not found</h1>", {"Content-Type": "text/html"}),
+                Reply(307, headers={"Location": elsewhere.url}),
+                Reply(200, "<h1>Welcome</h1>", {"Content-Type": "text/html"}),
+            ]
+        )
+        bench.maker.answer = lambda request: next(wrong, Reply(404))
+        with bench.consumer("--max-receives", "1", "--slots", "1") as consumer:
+            wait_until(lambda: len(bench.maker.requests) >= 3)
+            consumer.signal(signal.SIGTERM)
+            assert consumer.exit_code() == 0
+
+        assert elsewhere.connections == 0
+    assert bench.queues.stats(REQUESTS).total == 10
+    assert bench.queues.stats(RESPONSES).total == bench.queues.stats(DEAD_LETTERS).total == 0
+    assert consumer.err.count("check --maker-url") == 1
+
+
+# Exit codes, logs, metrics
+
+
+def test_a_queue_file_that_is_no_database_is_exit_code_5(tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("no database, and nothing to lose\n" * 100)
+
+    ended = run_script("widget_consumer.py", "--queue-url", f"sqlite:///{file}", cwd=tmp_path)
+
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (5, "", 1)
+    assert str(file) in ended.stderr
+    assert file.read_text() == "no database, and nothing to lose\n" * 100
+
+
+def test_a_receive_counts_file_that_is_no_database_is_exit_code_5(tmp_path: Path) -> None:
+    (tmp_path / "counts").mkdir()
+
+    ended = run_script("widget_consumer.py", "--receive-counts", "counts", cwd=tmp_path)
+
+    assert (ended.returncode, ended.stderr.count("\n")) == (5, 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--queue-url", "mysql://localhost/q"],
+        ["--maker-url", "127.0.0.1:5000/widgets"],
+        ["--maker-url", "http://user:secret@127.0.0.1/widgets"],
+        ["--claim-ttl", "59"],
+        ["--claim-ttl", "43201"],
+        ["--grace", "59"],
+        ["--slots", "0"],
+        ["--max-receives", "0"],
+        ["--deadline", "291"],
+    ],
+    ids=" ".join,
+)
+def test_a_value_that_cannot_work_is_exit_code_2(tmp_path: Path, options: list[str]) -> None:
+    ended = run_script("widget_consumer.py", *options, cwd=tmp_path)
+
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert ended.stderr.startswith("error: ")
+    assert "secret" not in ended.stderr
+
+
+def test_a_taken_metrics_port_is_exit_code_2(bench: Bench) -> None:
+    options = [*bench.options, "--metrics-port", bench.maker.port]
+
+    ended = run_script("widget_consumer.py", *options, cwd=bench.directory)
+
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert f"metrics port {bench.maker.port}" in ended.stderr
+
+
+def test_metrics_tell_what_happened_and_what_goes_on(bench: Bench) -> None:
+    port = free_port()
+    with bench.consumer("--slots", "2", "--metrics-port", port):
+        wait_until(lambda: len(bench.maker.requests) == 2)
+        busy = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text
+        bench.go_on.set()
+        wait_until(lambda: len(bench.outcomes()) == 10)
+        done = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text
+
+    assert "widget_consumer_posting 2.0" in busy
+    assert "widget_consumer_waiting 8.0" in busy
+    assert 'widget_consumer_messages_total{event="created"} 10.0' in done
+    assert "widget_consumer_breaker_open 0.0" in done
+
+
+def test_the_log_as_json_is_one_object_a_line(bench: Bench) -> None:
+    bench.go_on.set()
+    bench.queues.post(REQUESTS, [{"widget_id": "two\nlines \x1b[31m"}, "no request"])
+
+    ended = run_script("widget_consumer.py", *bench.options, "--drain", "--log-format", "json", cwd=bench.directory)
+
+    events = [json.loads(line)["event"] for line in ended.stderr.splitlines()]
+    assert (ended.returncode, ended.stdout) == (0, "")
+    assert sorted(set(events)) == ["consuming", "created", "dead letter", "rejected"]
+    assert events.count("created") == 10
+
+
+def test_the_log_as_text_is_one_line_an_event(bench: Bench) -> None:
+    bench.go_on.set()
+    bench.queues.purge(REQUESTS)
+    bench.queues.post(REQUESTS, [{"widget_id": "two\nlines \x1b[31m"}])
+
+    ended = run_script("widget_consumer.py", *bench.options, "--drain", cwd=bench.directory)
+
+    assert ended.stderr.count("\n") == 2
+    assert "\x1b" not in ended.stderr
