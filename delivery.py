@@ -71,12 +71,14 @@ class Delivery:
     """One received message on its way to the maker, with the maker's latest answer.
 
     probe: it tries whether the maker is back. alone: so did it the last time, so its failure alone proves nothing.
+    on_trial: this receive counts against it only once its POST starts.
     """
 
     held: Held
     receives: Receives
     probe: bool = False
     alone: bool = False
+    on_trial: bool = False
     answer: Answer = NO_ANSWER
 
     @property

@@ -111,14 +111,11 @@ class ReceiveCounts:
 
     def excuse(self, message_ids: Iterable[str]) -> None:
         """Take the last receive of each message off what counts against it."""
-        with self._lock:
-            excused = {id_: self._counts[id_] for id_ in message_ids if id_ in self._counts}
-            for entry in excused.values():
-                entry.excused = min(entry.excused + 1, entry.count)
-            if excused:
-                with self._transaction() as file:
-                    if file:
-                        self._store(file, excused, excuses=1)
+        self._adjust(message_ids, 1)
+
+    def charge(self, message_ids: Iterable[str]) -> None:
+        """Undo an excuse: the last receive of each message counts against it after all."""
+        self._adjust(message_ids, -1)
 
     def forget(self, message_ids: Iterable[str]) -> None:
         """Drop settled messages."""
@@ -134,6 +131,16 @@ class ReceiveCounts:
         """Close the file; the counts in it stay for the next consumer."""
         if self._file:
             self._file.close()
+
+    def _adjust(self, message_ids: Iterable[str], excuses: int) -> None:
+        with self._lock:
+            adjusted = {id_: self._counts[id_] for id_ in message_ids if id_ in self._counts}
+            for entry in adjusted.values():
+                entry.excused = max(0, min(entry.excused + excuses, entry.count))
+            if adjusted:
+                with self._transaction() as file:
+                    if file:
+                        self._store(file, adjusted, excuses=excuses)
 
     @contextmanager
     def _transaction(self) -> Iterator[apsw.Connection | None]:
@@ -170,7 +177,7 @@ class ReceiveCounts:
         file.executemany(
             "INSERT INTO receives VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
             " count = max(count, excluded.count),"
-            " excused = min(excused + ?, max(count, excluded.count)),"
+            " excused = max(0, min(excused + ?, max(count, excluded.count))),"
             " dies_at = max(dies_at, excluded.dies_at)",
             [
                 (self._source, id_, entry.count, entry.excused, entry.first_at, entry.dies_at, excuses)

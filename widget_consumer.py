@@ -8,10 +8,7 @@ once.
 """
 
 import math
-import os
 import random
-import signal
-import socket
 import threading
 import time
 from collections import Counter, deque
@@ -48,6 +45,7 @@ from claim_queues.command_line import (
     queue_options,
     require_queues,
     run,
+    run_until_signal,
 )
 from claim_queues.keeper import End, Held, Keeper
 from claim_queues.store import state_path
@@ -64,7 +62,6 @@ MISCONFIGURED_DRAIN_S = 60.0
 STOP_PATIENCE_S = 10.0
 """How long a queue service that fails may hold up the end; what is not given back then waits for its claim's end."""
 
-ENDED = b"\0"  # no signal has this number
 NOT_OUR_MAKER = "this is not our widget maker: check --maker-url"
 
 log = Log("widget_consumer")
@@ -259,7 +256,22 @@ class Consumer:
                     self._excuse([delivery])
                 else:
                     self._waiting.append(delivery)
+            self._put_on_trial()
             self._has_work.notify(len(found))
+
+    def _put_on_trial(self) -> None:
+        """Charge what was received often only when its POST starts.
+
+        A message that kills its consumer takes the others of its claim along, time after time; only its own POSTs
+        must count.
+        """
+        often = self._settings.max_receives // 2
+        tried = [found for found in self._waiting if found.receives.charged > often and not found.on_trial]
+        if tried:
+            with self._counts_written():
+                self._counts.excuse([delivery.id for delivery in tried])
+        for delivery in tried:
+            delivery.on_trial = True
 
     def _count(self, found: list[Held]) -> list[Receives]:
         try:
@@ -276,6 +288,8 @@ class Consumer:
         connection = self._maker.connect()
         while (delivery := self._next_delivery()) is not None:
             if self._keeper.holds(delivery.held, self._maker.deadline_s + POST_SPARE_S):
+                if delivery.on_trial:
+                    self._charge(delivery)
                 started = time.monotonic()
                 guilty = self._post(delivery, connection)
                 self._conclude(delivery, guilty=guilty, seconds=time.monotonic() - started)
@@ -301,6 +315,11 @@ class Consumer:
         delivery.answer = connection.post(delivery.held.message.body, headers)
         return well_before and delivery.failure is not None and self._maker.is_healthy()
 
+    def _charge(self, delivery: Delivery) -> None:
+        with self._lock, self._counts_written():
+            self._counts.charge([delivery.id])
+        delivery.on_trial = False
+
     def _drop(self, delivery: Delivery) -> None:
         """The claim could not be held for a POST: the message is another's, or goes back."""
         with self._lock:
@@ -322,7 +341,7 @@ class Consumer:
                 took = round(seconds * 1000, 1)
                 log.info(answer.outcome, **delivery.fields(), reason=answer.reason or None, ms=took)
                 self._settle(delivery, answer.outcome, answer.reason, fenced=False)
-                self._act_on(Verdict(blamed=self._breaker.passed()))
+                self._act_on(self._breaker.passed())
             if was_open and not self._breaker.is_open:
                 self._reported = ""
                 log.info("the maker is back", after_s=round(time.monotonic() - self._breaker.opened_at, 1))
@@ -333,7 +352,8 @@ class Consumer:
         for delivery in verdict.blamed:
             self._blame(delivery)
         with self._counts_written():
-            self._counts.excuse(verdict.pardoned)
+            for id_ in verdict.pardoned:  # one message may have been blamed more than once
+                self._counts.excuse([id_])
         self._excuse(verdict.excused, longest_backoff_s=LONGEST_PAUSE_S)
         if verdict.opened_by is not None:
             self._report_maker(verdict.opened_by)
@@ -367,7 +387,7 @@ class Consumer:
             return
         self.totals["excused"] += len(deliveries)
         with self._counts_written():
-            self._counts.excuse([delivery.id for delivery in deliveries])
+            self._counts.excuse([delivery.id for delivery in deliveries if not delivery.on_trial])
         for delivery in deliveries:
             self._keeper.give_back(delivery.held, delay=self._backoff(delivery.receives.count, longest_backoff_s))
 
@@ -473,48 +493,6 @@ def serve_metrics(consumer: Consumer, port: int) -> None:
         raise ConfigError(f"metrics port {port}: {error.strerror}") from error
 
 
-def run_until_signal(consumer: Consumer) -> None:
-    """Run the consumer; the first signal stops it in good order, a second one ends the process at once."""
-    errors: list[Exception] = []
-
-    def work() -> None:
-        try:
-            consumer.run()
-        except Exception as error:
-            errors.append(error)
-        writer.send(ENDED)
-
-    with signal_numbers() as (reader, writer):
-        threading.Thread(target=work, name="consumer", daemon=True).start()
-        event = reader.recv(1)
-        if event != ENDED:
-            log.info("stopping: finishing what is in flight; a second signal ends at once")
-            consumer.stop()
-            event = reader.recv(1)
-        if event != ENDED:
-            os._exit(128 + event[0])
-    if errors:
-        raise errors[0]
-
-
-@contextmanager
-def signal_numbers() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A pair of sockets: what comes out of the first is the number of each signal, and what is sent by the second.
-
-    A signal handler alone would not wake a thread that is just falling asleep.
-    """
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    with reader, writer:
-        signal.set_wakeup_fd(writer.fileno())
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: None)
-        try:
-            yield reader, writer
-        finally:
-            signal.set_wakeup_fd(-1)  # the next file may be given the same number
-
-
 @click.command(context_settings=SETTINGS)
 @queue_options("request", "response", "dead-letter")
 @option("--maker-url", default="http://127.0.0.1:5000/widgets", help="Where requests are POSTed.")
@@ -538,7 +516,7 @@ def signal_numbers() -> Iterator[tuple[socket.socket, socket.socket]]:
 @option(
     "--receive-counts",
     metavar="FILE",
-    help="Where receives are counted; `none`: in memory.  [default: one file per user]",
+    help="Where receives are counted; `none`: in memory alone.  [default: one file per user]",
 )
 @option("--metrics-port", type=WholeNumber(1, 65_535), help="Serve Prometheus metrics on this loopback port.")
 @option("--log-format", type=click.Choice(["text", "json"]), default="text", help="Form of the log on stderr.")
@@ -569,7 +547,12 @@ def cli(ctx: click.Context, /, **given: Any) -> None:
         consumer = Consumer(queues, maker, counts, settings)
         if given["metrics_port"]:
             serve_metrics(consumer, given["metrics_port"])
-        run_until_signal(consumer)
+
+        def stop() -> None:
+            log.info("stopping: finishing what is in flight; a second signal ends at once")
+            consumer.stop()
+
+        run_until_signal(consumer.run, stop=stop)
         counts.close()
 
 

@@ -1,8 +1,8 @@
 """Decide whose fault a failed delivery is: the message's, or that of the target to which all messages go.
 
 An outage must never count against messages, and one bad message must never stop the others. So a failure that tells
-nothing blames nobody at first: when another message passes soon, the target was well and the message is to blame;
-when none does, the breaker opens, nothing is blamed, and the target is tried with one message at a time.
+nothing blames nobody at first. When another message passes soon, the target was well, and the one that failed alone
+is to blame; when none does, the breaker opens, nobody is blamed, and the target is tried with one message at a time.
 """
 
 import random
@@ -18,6 +18,10 @@ UNDECIDED_S = 1.0
 """How long a failure waits for another message to pass, or the breaker opens."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 """Between probes: doubled each time, with full jitter."""
+CHANCE_CROWDS = 2
+"""So often a message may fail together with others by chance; when more often, it is what makes the others fail."""
+MOST_REMEMBERED = 1_000
+"""Messages that failed together with others."""
 
 
 class Failure(Enum):
@@ -84,6 +88,7 @@ class Breaker(Generic[C]):
         self._blamed: list[str] = []
         self._suspects: list[C] = []
         self._undecided_until = 0.0
+        self._crowds: dict[str, int] = {}
 
     @property
     def is_open(self) -> bool:
@@ -94,11 +99,15 @@ class Breaker(Generic[C]):
         """When undecided() has to be called, unless a message passes before; None when nothing is undecided."""
         return self._undecided_until if self._suspects and not self.is_open else None
 
-    def passed(self) -> list[C]:
-        """A message passed, so the target is well; returns those that failed meanwhile by their own fault."""
+    def passed(self) -> Verdict[C]:
+        """A message passed, so the target is well now: one that failed alone meanwhile failed by its own fault."""
+        suspects, was_open = self.take_suspects(), self.is_open
         self._ever_passed = True
         self._close()
-        return self.take_suspects()
+        if was_open:
+            return Verdict(excused=suspects)
+        blamed = suspects if len({case.id for case in suspects}) == 1 else self._notorious(suspects)
+        return Verdict(blamed=blamed, excused=[case for case in suspects if case not in blamed])
 
     def failed(self, case: C, *, probe: bool = False, guilty: bool = False) -> Verdict[C]:
         """A message failed. probe: it was sent to try the target. guilty: it failed alone, the target being well."""
@@ -138,8 +147,10 @@ class Breaker(Generic[C]):
     def _open(self) -> Verdict[C]:
         """Open, or stay open after a failed probe. The latest failure alone stays suspect: the next probe decides."""
         now, latest = self._clock(), self._suspects[-1]
+        blamed: list[C] = []
         if not self.is_open:
             self.opened_at = now
+            blamed = self._notorious(self._suspects)
         self.open_for = latest.failure
         if latest.failure is not Failure.MISCONFIGURED:
             self.misconfigured_since = None
@@ -149,9 +160,22 @@ class Breaker(Generic[C]):
         self._failed_probes += 1
         self.next_probe_at = now + max(pause, latest.retry_after_s or 0)
         pardoned, self._blamed = self._blamed, []
-        excused, self._suspects = self._suspects[:-1], [latest]
+        unexplained = [case for case in self._suspects if case not in blamed]
+        self._suspects = unexplained[-1:]
         self._row.clear()
-        return Verdict(excused=excused, pardoned=pardoned, opened_by=latest)
+        return Verdict(blamed=blamed, excused=unexplained[:-1], pardoned=pardoned, opened_by=latest)
+
+    def _notorious(self, crowd: list[C]) -> list[C]:
+        """Those of a crowd that were in more crowds than chance explains, as one that kills the target is."""
+        for case in crowd:
+            self._crowds[case.id] = self._crowds.pop(case.id, 0) + 1
+        while len(self._crowds) > MOST_REMEMBERED:
+            del self._crowds[next(iter(self._crowds))]
+        return [
+            case
+            for case in crowd
+            if self._crowds.get(case.id, 0) > CHANCE_CROWDS and case.failure is not Failure.MISCONFIGURED
+        ]
 
 
 def backoff(attempt: int, *, base_s: float, longest_s: float, uniform: Callable[[float, float], float]) -> float:

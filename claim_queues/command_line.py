@@ -4,9 +4,13 @@ import json
 import logging
 import os
 import re
+import signal
+import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +23,9 @@ from .errors import ConfigError, QueueNotFound, QueuesError
 __version__ = "0.1.0"
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+ENDED = b"\0"
+"""What run_until_signal() reads when the work is over; signals have numbers from 1."""
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -154,6 +161,50 @@ def run(command: click.Command) -> NoReturn:
         code = _report(str(error), 1)
     _flush_stdout()
     sys.exit(code)
+
+
+def run_until_signal(work: Callable[[], None], *, stop: Callable[[], None]) -> None:
+    """Run the work in a thread; the first signal calls `stop`, a second one ends the process at once.
+
+    Raises what the work raises.
+    """
+    errors: list[Exception] = []
+
+    def run_work() -> None:
+        try:
+            work()
+        except Exception as error:
+            errors.append(error)
+        writer.send(ENDED)
+
+    with _signal_numbers() as (reader, writer):
+        threading.Thread(target=run_work, name="work", daemon=True).start()
+        event = reader.recv(1)
+        if event != ENDED:
+            stop()
+            event = reader.recv(1)
+        if event != ENDED:
+            os._exit(128 + event[0])
+    if errors:
+        raise errors[0]
+
+
+@contextmanager
+def _signal_numbers() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A pair of sockets: what comes out of the first is the number of each signal, and what is sent by the second.
+
+    A signal handler alone would not wake a thread that is just falling asleep.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    with reader, writer:
+        signal.set_wakeup_fd(writer.fileno())
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+        try:
+            yield reader, writer
+        finally:
+            signal.set_wakeup_fd(-1)  # the next file may be given the same number
 
 
 def _report(message: str, code: int) -> int:

@@ -2,10 +2,11 @@
 
 import json
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,6 @@ from support import Script, free_port, run_script, script, wait_until
 
 import widget_consumer
 from claim_queues.sqlite import SqliteQueues
-from widget_consumer import Consumer
 
 REQUESTS, RESPONSES = "itchy-octo-chainsaw-request", "itchy-octo-chainsaw-response"
 DEAD_LETTERS = "itchy-octo-chainsaw-dead-letter"
@@ -40,6 +40,11 @@ class Bench:
 
     def consumer(self, *options: object) -> AbstractContextManager[Script]:
         return script("widget_consumer.py", *self.options, *options, cwd=self.directory)
+
+    def end_claims(self) -> None:
+        """As if the claim TTL of every claim had passed."""
+        with closing(sqlite3.connect(self.directory / "q.sqlite3")) as file, file:
+            file.execute("UPDATE messages SET held_until = 1 WHERE claim IS NOT NULL")
 
     def outcomes(self) -> list[str]:
         return [message.body["outcome"] for message in self.queues.browse(RESPONSES, limit=1000).messages]
@@ -79,12 +84,35 @@ def test_what_a_killed_consumer_held_is_received_again_after_the_claim_ttl_and_m
     assert len(again) == 10
 
 
+def test_a_message_that_kills_its_consumer_is_posted_max_receives_times_and_takes_no_other_along(bench: Bench) -> None:
+    killer, *innocents = bench.ids
+
+    def kill(request: Request) -> Reply:
+        if request.widget_id == killer:
+            running.process.send_signal(signal.SIGKILL)
+        return bench.maker.real(request)
+
+    bench.maker.answer = kill
+    for _ in range(3):
+        with bench.consumer("--slots", "1", "--max-receives", "3") as running:
+            assert running.exit_code() == -signal.SIGKILL
+        bench.end_claims()
+    with bench.consumer("--slots", "1", "--max-receives", "3", "--drain") as running:
+        assert running.exit_code() == 0
+
+    posted = [request.widget_id for request in bench.maker.requests]
+    assert posted == [killer] * 3 + innocents
+    assert bench.outcomes() == ["failed"] + ["created"] * 9
+    letters = bench.queues.browse(DEAD_LETTERS).messages
+    assert [letter.body["body"]["widget_id"] for letter in letters] == [killer]
+
+
 def drain_ahead(bench: Bench, monkeypatch: pytest.MonkeyPatch, *, seconds: float) -> None:
     """Drain the queue by a consumer, in this process, for which so many seconds have passed."""
     later = SqliteQueues(bench.directory / "q.sqlite3", clock=lambda: time.time() + seconds)
     monkeypatch.setattr(widget_consumer, "open_queues", lambda url: later)
     monkeypatch.setattr(widget_consumer, "configure_logging", lambda form, level: None)
-    monkeypatch.setattr(widget_consumer, "run_until_signal", Consumer.run)
+    monkeypatch.setattr(widget_consumer, "run_until_signal", lambda work, stop: work())
     widget_consumer.cli.main([*map(str, bench.options), "--drain"], standalone_mode=False)
 
 

@@ -638,6 +638,7 @@ def test_an_outage_is_one_line_when_the_maker_goes_and_one_when_it_is_back(
 
     said = [record.getMessage() for record in caplog.records if "the maker" in record.getMessage()]
     assert said == ["the maker is unavailable: probing until it is back", "the maker is back"]
+    assert "failed, comes back" not in caplog.text
 
 
 def test_a_maker_that_fails_everything_costs_only_its_probes(bench: Bench) -> None:
@@ -1040,7 +1041,7 @@ class CommandLine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(widget_consumer, "configure_logging", lambda form, level: None)
-        monkeypatch.setattr(widget_consumer, "run_until_signal", Consumer.run)
+        monkeypatch.setattr(widget_consumer, "run_until_signal", lambda work, stop: work())
 
     def run(self, *arguments: str, **limits: Any) -> object:
         """Run it to its end; gives the exit code."""
