@@ -341,7 +341,7 @@ class Consumer:
                 took = round(seconds * 1000, 1)
                 log.info(answer.outcome, **delivery.fields(), reason=answer.reason or None, ms=took)
                 self._settle(delivery, answer.outcome, answer.reason, fenced=False)
-                self._act_on(self._breaker.passed())
+                self._act_on(self._breaker.passed(probe=delivery.probe))
             if was_open and not self._breaker.is_open:
                 self._reported = ""
                 log.info("the maker is back", after_s=round(time.monotonic() - self._breaker.opened_at, 1))

@@ -99,8 +99,13 @@ class Breaker(Generic[C]):
         """When undecided() has to be called, unless a message passes before; None when nothing is undecided."""
         return self._undecided_until if self._suspects and not self.is_open else None
 
-    def passed(self) -> Verdict[C]:
-        """A message passed, so the target is well now: one that failed alone meanwhile failed by its own fault."""
+    def passed(self, *, probe: bool = False) -> Verdict[C]:
+        """A message passed, so the target is well now: one that failed alone meanwhile failed by its own fault.
+
+        One that was on its way when the breaker opened shows only that the target was well before.
+        """
+        if self.is_open and not probe:
+            return Verdict()
         suspects, was_open = self.take_suspects(), self.is_open
         self._ever_passed = True
         self._close()
@@ -167,8 +172,8 @@ class Breaker(Generic[C]):
 
     def _notorious(self, crowd: list[C]) -> list[C]:
         """Those of a crowd that were in more crowds than chance explains, as one that kills the target is."""
-        for case in crowd:
-            self._crowds[case.id] = self._crowds.pop(case.id, 0) + 1
+        for id_ in {case.id for case in crowd}:
+            self._crowds[id_] = self._crowds.pop(id_, 0) + 1
         while len(self._crowds) > MOST_REMEMBERED:
             del self._crowds[next(iter(self._crowds))]
         return [

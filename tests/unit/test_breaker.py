@@ -95,7 +95,7 @@ def test_so_is_one_with_which_the_breaker_opens_again_and_again(breaker: Breaker
         breaker.failed(Case("killer"))
         breaker.failed(Case(f"innocent {time}"))
         assert breaker.undecided().blamed == []
-        breaker.passed()
+        breaker.passed(probe=True)
     breaker.failed(killer := Case("killer"))
     breaker.failed(innocent := Case("another innocent"))
     assert breaker.undecided() == Verdict(blamed=[killer], opened_by=innocent)
@@ -205,7 +205,7 @@ def test_misconfigured_since_tells_since_when_without_a_break(breaker: Breaker[C
     assert breaker.misconfigured_since is None
     breaker.failed(Case("fourth", MISCONFIGURED), probe=True)
     assert breaker.misconfigured_since == 1_030
-    breaker.passed()
+    breaker.passed(probe=True)
     assert breaker.misconfigured_since is None
 
 
@@ -237,7 +237,7 @@ def test_a_failed_probe_stays_suspect_and_excuses_the_one_before(breaker: Breake
 def test_the_next_probe_passing_closes_the_breaker_and_excuses_the_failed_one(breaker: Breaker[Case]) -> None:
     open_breaker(breaker)
     breaker.failed(probe := Case("probe"), probe=True)
-    assert breaker.passed() == Verdict(excused=[probe])
+    assert breaker.passed(probe=True) == Verdict(excused=[probe])
     assert not breaker.is_open
 
 
@@ -261,21 +261,22 @@ def test_a_guilty_probe_excuses_whoever_is_suspect_still(breaker: Breaker[Case])
     assert breaker.decide_at is None
 
 
-def test_a_message_that_was_on_its_way_and_passes_closes_the_breaker(breaker: Breaker[Case]) -> None:
+def test_a_message_that_was_on_its_way_and_passes_shows_nothing(breaker: Breaker[Case]) -> None:
     last = open_breaker(breaker)
-    assert breaker.passed() == Verdict(excused=[last])
-    assert not breaker.is_open
+    assert breaker.passed() == Verdict()
+    assert breaker.is_open
+    assert breaker.take_suspects() == [last]
 
 
 def test_a_probe_whose_breaker_closed_meanwhile_counts_as_any_message(breaker: Breaker[Case]) -> None:
     open_breaker(breaker)
-    breaker.passed()
+    breaker.passed(probe=True)
     assert breaker.failed(case := Case("probe", FAILED), probe=True) == Verdict(blamed=[case])
 
 
 def test_ten_more_failures_in_a_row_are_needed_after_it_closed(breaker: Breaker[Case]) -> None:
     fail_many(breaker, FAILED)
-    breaker.passed()
+    breaker.passed(probe=True)
     fail_many(breaker, FAILED, 9)
     assert not breaker.is_open
 
@@ -302,7 +303,7 @@ def test_pauses_between_probes_double_up_to_a_minute(breaker: Breaker[Case], clo
 def test_pauses_start_over_once_the_target_is_back(breaker: Breaker[Case], clock: Clock) -> None:
     open_breaker(breaker)
     breaker.failed(Case("probe"), probe=True)
-    breaker.passed()
+    breaker.passed(probe=True)
     open_breaker(breaker)
     assert breaker.next_probe_at - clock.now == 1
 
@@ -351,7 +352,7 @@ class History:
         if breaker.is_open:
             self.clock.now = max(self.clock.now, breaker.next_probe_at)
         if failure is None:
-            self.act_on(breaker.passed())
+            self.act_on(breaker.passed(probe=breaker.is_open))
             return
         case = Case(message, failure)
         self.failures[message] += 1
