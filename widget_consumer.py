@@ -199,11 +199,16 @@ class Consumer:
                     self._act_on(self._breaker.undecided())
                 elif len(self._waiting) >= self._settings.slots:
                     self._has_room.wait(None if decide_at is None else decide_at - now)
-                elif self._keeper.backing_off() > MOST_BACKOFFS_PER_SLOT * self._settings.slots:
+                elif self._is_clogged():
                     self._has_room.wait(CLAIM_PAUSE_S)
                 else:
                     return self._claim_batch
             return None
+
+    def _is_clogged(self) -> bool:
+        """Whether too many messages are held that nothing can be done with now."""
+        idle = self._keeper.count() if "settle" in self._failing else self._keeper.backing_off()
+        return idle > MOST_BACKOFFS_PER_SLOT * self._settings.slots
 
     def _hopeless_at(self) -> float:
         """When a drain gives up on a maker that waiting does not mend (monotonic); infinity while it need not."""

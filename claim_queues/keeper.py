@@ -12,7 +12,7 @@ from enum import Enum
 from typing import NamedTuple, Protocol
 
 from .base import Claim, Message, Post, Queues, Settlement
-from .errors import ClaimLost, MessageRefused, QueueError
+from .errors import ClaimLost, MessageRefused, QueueError, QueueUnavailable
 
 SAFETY_S = 2.0
 """Services floor a claim's end to whole seconds: a claim is trusted for this much less than its claim TTL."""
@@ -37,9 +37,10 @@ class Pause:
     seconds: float = 0.0
     until: float = 0.0
 
-    def lengthen(self, now: float) -> None:
+    def lengthen(self, now: float, asked_s: float) -> None:
+        """asked_s: the pause that the service asked for."""
         self.seconds = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2 * self.seconds))
-        self.until = now + self.seconds
+        self.until = now + max(self.seconds, asked_s)
 
     def end(self) -> None:
         self.seconds = self.until = 0.0
@@ -215,7 +216,8 @@ class Keeper:
         try:
             call(claim)
         except QueueError as error:
-            pause.lengthen(self._clock())
+            asked_s = error.retry_after_s if isinstance(error, QueueUnavailable) else None
+            pause.lengthen(self._clock(), asked_s or 0)
             self._failing = True
             self._events.service_failed(error)
             return
@@ -305,11 +307,11 @@ class Keeper:
             return list(claim.open.values())
 
     def _end(self, ended: Iterable[Held], end: End) -> None:
+        ended = list(ended)
         with self._changed:
-            # Of the claim's open ones only: each message ends once.
-            ended = [held for held in list(ended) if held.of.open.pop(held.message.id, None) is not None]
             for held in ended:
                 held.lost = end is End.LOST
+                del held.of.open[held.message.id]
                 if not held.of.open:
                     self._claims.pop(held.of.claim.id, None)
         if ended:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import pytest
 from backends import skip_unless
 
-LONG_S = 60
+LONG_S = 40
 SOON_S = 20
 """Long before LONG_S, and long enough for a busy machine."""
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from scripted_maker import Raw, Reply, Request, ScriptedMaker
 from support import free_port, wait_until
 
+import delivery as delivery_module
 from claim_queues import Claim, ConfigError, Message
 from claim_queues.breaker import Failure
 from claim_queues.keeper import Held, HeldClaim
@@ -371,6 +372,15 @@ def test_a_post_ends_at_its_deadline(maker: ScriptedMaker, hasty: Connection, ra
     assert post(hasty).outcome == CREATED
 
 
+def test_a_post_that_starts_between_two_looks_at_the_clock_ends_no_later(maker: ScriptedMaker) -> None:
+    connection = Maker(maker.url, deadline_s=1).connect()
+    maker.answer = lambda _: Raw(chain([head()], repeat(b" ")), every=0.05)
+    started = time.monotonic()
+    assert post(connection).failure is UNAVAILABLE
+    assert time.monotonic() - started < 1.8
+    connection.close()
+
+
 def test_each_post_has_its_own_deadline(maker: ScriptedMaker) -> None:
     shared = Maker(maker.url, deadline_s=DEADLINE_S)
     slow, quick = shared.connect(), shared.connect()
@@ -652,6 +662,16 @@ def test_the_maker_is_healthy_only_when_it_says_so_in_time(
     assert Maker(maker.url, deadline_s=DEADLINE_S).is_healthy() is is_healthy
     assert time.monotonic() - started < DEADLINE_S + 1
     assert [request.path for request in maker.others] == ["/healthz"]
+
+
+def test_a_silent_maker_is_not_waited_for_as_long_as_a_post(
+    maker: ScriptedMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery_module, "CONNECT_TIMEOUT_S", 0.1)
+    maker.health = Raw(end="hang")
+    started = time.monotonic()
+    assert not Maker(maker.url, deadline_s=20).is_healthy()
+    assert time.monotonic() - started < 10
 
 
 def test_a_maker_that_is_not_there_is_not_healthy() -> None:

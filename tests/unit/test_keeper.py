@@ -485,6 +485,24 @@ def test_a_claim_whose_settlement_fails_for_ever_holds_up_no_other_and_is_still_
     assert either.told.answers == 0
 
 
+def test_a_renewal_that_is_due_comes_before_settlements_that_wait(either: Bench) -> None:
+    (blocker,), (in_flight,), (other,) = either.claim(1), either.claim(1), either.claim(1)
+    asked, answer = threading.Event(), threading.Event()
+
+    def trouble(name: str, claim: Claim) -> None:
+        asked.set()
+        answer.wait(30)
+
+    either.queues.trouble = trouble
+    either.settle(blocker)
+    assert asked.wait(30)
+    either.settle(other)
+    either.clock.move(HALF)
+    answer.set()
+    either.wait_for((blocker, End.SETTLED), (other, End.SETTLED))
+    assert either.queues.calls.index(("renew", ids(in_flight))) < either.queues.calls.index(("settle", ids(other)))
+
+
 def test_a_claim_that_cannot_be_renewed_is_still_settled(either: Bench) -> None:
     (held,) = either.claim(1)
     either.queues.trouble = failing("renew", error=QueueForbidden("no renewals"))
@@ -505,6 +523,12 @@ def test_claims_lost_in_an_outage_are_no_sign_that_the_service_is_back(either: B
     either.queues.trouble = no_trouble
     either.wait_until_idle()
     wait_until(lambda: either.told.answers == 1)
+
+
+def test_a_service_that_never_failed_is_not_told_to_be_back(either: Bench) -> None:
+    either.wait_until_idle()
+    either.wait_until_idle()
+    assert either.told.answers == 0
 
 
 def test_a_failed_renewal_for_a_post_is_told_as_mended_too(either: Bench) -> None:
@@ -740,7 +764,7 @@ def test_threads_that_do_everything_at_once_end_each_message_once(either: Bench)
         thread.start()
 
     def all_ended() -> bool:
-        either.clock.move(0.01)
+        either.clock.move(0.1)
         return not either.keeper.count()
 
     wait_until(all_ended)

@@ -17,7 +17,7 @@ from claim_queues import ConfigError, Post, QueueUnavailable, Settlement, StoreE
 from claim_queues.sqlite import SqliteQueues
 
 HOLD = {"ttl": 60, "grace": 60}
-NEVER_S = 600.0
+NEVER_S = 40.0
 SOON_S = 10.0
 """Long before NEVER_S, and long enough for a busy machine."""
 
@@ -606,6 +606,15 @@ class TestWaiting:
         looks = [sql for sql, _ in seen if "EXISTS" in sql]
         assert 2 <= len(looks) <= 4
         assert len(seen) <= 4 * len(looks)
+
+    def test_a_post_to_another_queue_costs_a_waiting_consumer_one_look(self, queues, other, background):
+        with statements_of(queues) as seen:
+            looking = background.submit(queues.claim, "requests", **HOLD, limit=1, wait=0.8)
+            assert is_waiting(looking)
+            other.post("elsewhere", ["new"])
+            assert looking.result(SOON_S) is None
+
+        assert len([sql for sql, _ in seen if "EXISTS" in sql]) <= 3
 
     def test_a_post_whose_poster_died_before_it_woke_anybody_is_found_by_a_slow_look(
         self, queues, other, background, monkeypatch
