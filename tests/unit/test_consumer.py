@@ -450,6 +450,27 @@ class FailsToSettle(SqliteQueues):
         return super().settle(claim, settlements)
 
 
+def test_a_response_queue_that_fails_does_not_make_it_hold_the_whole_request_queue(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(widget_consumer, "STOP_PATIENCE_S", 0.01)
+    monkeypatch.setattr(keeper, "LONGEST_PAUSE_S", 0.02)
+    failures = 0
+
+    class NeverSettles(SqliteQueues):
+        def settle(self, claim: Claim, settlements: Any) -> Settled:
+            nonlocal failures
+            failures += 1
+            raise QueueUnavailable("the response queue is gone")
+
+    bench.post(*[widget_id(number) for number in range(200)])
+
+    with bench.consuming(bench.open(NeverSettles), slots=1):
+        wait_until(lambda: failures > 100)
+
+    assert len(bench.maker.requests) < 100
+
+
 def test_a_response_posted_again_has_the_same_response_id(bench: Bench) -> None:
     bench.post(A)
 

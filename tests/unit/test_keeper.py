@@ -559,6 +559,16 @@ def test_what_waiting_cannot_mend_ends_the_keeper(either: Bench, call: str, erro
     assert either.queues.stats(REQUESTS).total == 1
 
 
+def test_the_pause_that_the_service_asks_for_is_kept(either: Bench) -> None:
+    (held,) = either.claim(1)
+    either.queues.trouble = failing("settle", error=QueueUnavailable("too many requests", retry_after_s=30))
+    either.settle(held)
+    either.clock.move(either.queues.limits.settle_linger)
+    wait_until(lambda: held.of.settling.seconds)
+    assert held.of.settling.until == either.clock.now + 30
+    either.queues.trouble = no_trouble
+
+
 def test_an_owner_that_fails_when_told_does_not_make_the_keeper_settle_twice(either: Bench) -> None:
     first, second = either.claim(2)
     either.told.trouble = QueueUnavailable("the counts are locked")

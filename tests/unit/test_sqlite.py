@@ -538,6 +538,17 @@ class TestWaiting:
             assert bodies(looking.result(SOON_S)) == ["new"]
             poster.stdin.close()
 
+    @pytest.mark.usefixtures("only_the_kernel")
+    def test_a_post_wakes_a_consumer_from_whatever_directory(self, path, queues, background, monkeypatch):
+        looking = background.submit(queues.claim, "requests", **HOLD, limit=1, wait=NEVER_S)
+        assert is_waiting(looking)
+        monkeypatch.chdir(path.parent)
+        with SqliteQueues(Path(path.name)) as poster:
+            monkeypatch.chdir("/")
+            poster.post("requests", ["new"])
+
+        assert bodies(looking.result(SOON_S)) == ["new"]
+
     def test_a_response_wakes_whoever_waits_for_it(self, queues, other, background, only_the_kernel):
         other.post("requests", ["request"])
         claim = other.claim("requests", **HOLD, limit=1)
