@@ -26,8 +26,9 @@ from claim_queues.store import open_store
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    connection = open_store(Path(sys.argv[1]), application_id={APPLICATION_ID}, version=1, schema={SCHEMA!r})
-    connection.execute("INSERT INTO things VALUES ('by a process')")
+    for path in sys.argv[1:]:
+        connection = open_store(Path(path), application_id={APPLICATION_ID}, version=1, schema={SCHEMA!r})
+        connection.execute("INSERT INTO things VALUES ('by a process')")
 except StoreError as error:
     sys.exit(f"StoreError: {{error}}")
 """
@@ -42,11 +43,11 @@ def open_store(path, version=1):
     return closing(store.open_store(path, application_id=APPLICATION_ID, version=version, schema=SCHEMA))
 
 
-def opening_process(path):
-    """A process, without root's power over permissions, that opens the file once it reads a line."""
+def opening_process(*paths):
+    """A process, without root's power over permissions, that opens the files once it reads a line."""
     before = AS_ROOT_WITHOUT_ITS_POWERS if os.geteuid() == 0 else []
     return subprocess.Popen(
-        [*before, sys.executable, "-c", OPENS, str(path)],
+        [*before, sys.executable, "-c", OPENS, *map(str, paths)],
         cwd=HERE,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -253,8 +254,9 @@ def test_what_may_not_be_written_is_refused_and_left_as_it_is(path, part):
     assert fingerprints(path.parent) == before
 
 
-def test_processes_that_open_a_new_file_at_once_share_one_store(path):
-    processes = [opening_process(path) for _ in range(4)]
+def test_processes_that_open_a_new_file_at_once_share_one_store(tmp_path):
+    paths = [tmp_path / f"{number}.sqlite3" for number in range(20)]
+    processes = [opening_process(*paths) for _ in range(4)]
     for process in processes:
         assert process.stdout.readline() == "ready\n"
     for process in processes:
@@ -262,7 +264,7 @@ def test_processes_that_open_a_new_file_at_once_share_one_store(path):
         process.stdin.flush()
 
     assert [process.communicate(timeout=30)[1] for process in processes] == [""] * 4
-    assert names(path) == ["by a process"] * 4
+    assert [names(path) for path in paths] == [["by a process"] * 4] * len(paths)
 
 
 def test_a_file_that_another_process_makes_while_it_is_looked_at_is_ours(path, monkeypatch):
@@ -285,9 +287,10 @@ def test_a_file_that_another_process_makes_while_it_is_looked_at_is_ours(path, m
     assert finished
 
 
-def test_a_new_file_that_another_process_reads_for_a_moment_is_waited_for(path):
+@pytest.mark.parametrize("use", ["BEGIN; SELECT * FROM sqlite_schema", "BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"])
+def test_a_new_file_that_another_process_uses_for_a_moment_is_waited_for(path, use):
     with closing(apsw.Connection(str(path))) as other, ThreadPoolExecutor(1) as pool:
-        other.execute("BEGIN; SELECT * FROM sqlite_schema")
+        other.execute(use)
         opening = pool.submit(names, path)
         assert not wait([opening], timeout=0.2).done
 
@@ -296,19 +299,11 @@ def test_a_new_file_that_another_process_reads_for_a_moment_is_waited_for(path):
         assert opening.result(30) == []
 
 
-def test_a_new_file_that_another_process_keeps_locked_is_unavailable(path, monkeypatch):
+@pytest.mark.parametrize("use", ["BEGIN; SELECT * FROM sqlite_schema", "BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"])
+def test_a_new_file_that_another_process_does_not_leave_is_unavailable(path, monkeypatch, use):
     monkeypatch.setattr(store, "BUSY_TIMEOUT_S", 0.1)
     with closing(apsw.Connection(str(path))) as other:
-        other.execute("BEGIN EXCLUSIVE")
-
-        with pytest.raises(QueueUnavailable, match="locked"):
-            open_store(path)
-
-
-def test_a_new_file_that_another_process_is_reading_is_unavailable(path, monkeypatch):
-    monkeypatch.setattr(store, "BUSY_TIMEOUT_S", 0.1)
-    with closing(apsw.Connection(str(path))) as other:
-        other.execute("BEGIN; SELECT * FROM sqlite_schema")
+        other.execute(use)
 
         with pytest.raises(QueueUnavailable, match="locked"):
             open_store(path)
