@@ -60,9 +60,9 @@ def submit(directory: Path, queue_url: str) -> list[dict[str, object]]:
     """Submit the requests, wait, and return the responses."""
     ids = [str(uuid.uuid1()) for _ in range(RANDOM_REQUESTS)] + [INVALID_ID, KNOWN_ID, KNOWN_ID]
     (directory / "ids").write_text("\n".join(ids) + "\n")
+    options = ["--ids-file", directory / "ids", "--wait", "--json", "--timeout", str(PATIENCE_S)]
     producer = subprocess.run(
-        [sys.executable, HERE / "widget_producer.py", "--queue-url", queue_url]
-        + ["--ids-file", directory / "ids", "--wait", "--json", "--timeout", str(PATIENCE_S)],
+        [sys.executable, HERE / "widget_producer.py", "--queue-url", queue_url, *options],
         stdout=subprocess.PIPE,
         check=False,
     )
@@ -74,12 +74,13 @@ def main() -> int:
         directory, port = Path(temporary), free_port()
         queue_url = f"sqlite:///{directory / 'queues.sqlite3'}"
         print(f"widget_maker.py     makes widgets at http://127.0.0.1:{port}/")
-        with running(directory, "widget_maker.py", "--port", str(port), "--database", f"{directory / 'widgets'}") as maker:
+        options = ["--port", str(port), "--database", f"{directory / 'widgets'}"]
+        with running(directory, "widget_maker.py", *options) as maker:
             wait_until_healthy(f"http://127.0.0.1:{port}/healthz", maker, directory)
             print(f"widget_consumer.py  takes requests to it from {queue_url}")
             options = ["--queue-url", queue_url, "--maker-url", f"http://127.0.0.1:{port}/widgets"]
             with running(directory, "widget_consumer.py", *options, "--receive-counts", f"{directory / 'counts'}"):
-                print(f"widget_producer.py  submits {RANDOM_REQUESTS} random ids, an invalid one, and a known one twice\n")
+                print(f"widget_producer.py  submits {RANDOM_REQUESTS} random ids, an invalid one, a known one twice\n")
                 responses = submit(directory, queue_url)
     table = Counter(describe(response) for response in responses)
     print(f"{'requests':>8}  outcome")

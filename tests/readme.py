@@ -9,43 +9,77 @@ import claim_queues.__main__
 import widget_consumer
 import widget_maker
 import widget_producer
+from claim_queues.command_line import Number, WholeNumber
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 SECTION = re.compile(
     r"(?<=<!-- options: written by `make readme` from the commands themselves -->\n).*(?=<!-- end of)", re.S
 )
-NOT_LISTED = {"--help", "--version"}
+QUEUES = ("queue_url", "create", "request_queue", "response_queue", "dead_letter_queue")
+"""Options that mean the same everywhere."""
+SCRIPTS = {
+    "widget_producer.py": widget_producer.cli,
+    "widget_consumer.py": widget_consumer.cli,
+    "widget_maker.py": widget_maker.cli,
+}
 
 
 def written() -> str:
     """README with the section as it should be."""
+    tool = claim_queues.__main__.cli
     tables = [
-        options_table("widget_producer.py", widget_producer.cli),
-        options_table("widget_consumer.py", widget_consumer.cli),
-        options_table("widget_maker.py", widget_maker.cli),
+        _table("All but the maker", [option for option in _options(widget_consumer.cli) if option.name in QUEUES]),
+        *(_table(f"`{name}`", _own(command)) for name, command in SCRIPTS.items()),
+        _table(
+            "`python -m claim_queues`",
+            [option for command in tool.commands.values() for option in _own(command)],
+            [name for name, command in tool.commands.items() for _ in _own(command)],
+        ),
     ]
-    for name, command in claim_queues.__main__.cli.commands.items():
-        tables.append(options_table(f"python -m claim_queues {name}", command))
     return SECTION.sub(lambda _: "\n" + "\n".join(tables) + "\n", README.read_text())
 
 
-def options_table(title: str, command: click.Command) -> str:
-    head = [f"**`{title}`**", "", "| option | default | what it does |", "| --- | --- | --- |"]
-    context = click.Context(command)
-    options = [found for found in command.params if isinstance(found, click.Option)]
-    rows = [_row(found, context) for found in options if not NOT_LISTED & set(found.opts)]
-    return "\n".join([*head, *rows]) + "\n"
+def _options(command: click.Command) -> list[click.Option]:
+    return [found for found in command.params if isinstance(found, click.Option) and found.name != "version"]
 
 
-def _row(option: click.Option, context: click.Context) -> str:
-    text = option.help or ""
-    shown = re.search(r"  \[default: (.*)\]", text)
-    if shown:
-        default, text = shown[1], text.replace(shown[0], "")
-    else:
-        default = "" if option.is_flag or option.multiple else str(option.get_default(context) or "")
-    takes = "" if option.is_flag else f" {option.make_metavar(context)}"
-    return f"| `{', '.join(option.opts)}{takes}` | {default} | {text.replace('|', chr(92) + '|')} |"
+def _own(command: click.Command) -> list[click.Option]:
+    return [found for found in _options(command) if found.name not in QUEUES]
+
+
+def _table(title: str, options: list[click.Option], commands: list[str] | None = None) -> str:
+    """commands: whose option each is, where that is not one command's table."""
+    rows = ["| option | takes | default | |", "| --- | --- | --- | --- |"]
+    for place, option in enumerate(options):
+        name = f"{commands[place]} {option.opts[0]}" if commands else option.opts[0]
+        rows.append(f"| `{name}` | {_takes(option)} | {_default(option)} | {_help(option)} |")
+    return "\n".join([f"**{title}**", "", *rows]) + "\n"
+
+
+def _takes(option: click.Option) -> str:
+    kind = option.type
+    if option.is_flag:
+        return ""
+    if isinstance(kind, WholeNumber):
+        return f"{kind.range}{kind.unit}"
+    if isinstance(kind, Number):
+        return f"{kind.low:,.9g} to {kind.high:,.9g}{kind.unit}"
+    if isinstance(kind, click.Choice):
+        return ", ".join(f"`{choice}`" for choice in kind.choices)
+    return str(option.make_metavar(click.Context(click.Command(""))))
+
+
+def _default(option: click.Option) -> str:
+    if said := re.search(r"\[default: (.*)\]", option.help or ""):
+        return said[1]
+    default = option.to_info_dict()["default"]
+    if option.is_flag or default is None or default == ():
+        return ""
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _help(option: click.Option) -> str:
+    return re.sub(r"  \[default: .*\]", "", option.help or "").replace("|", "\\|")
 
 
 if __name__ == "__main__":
