@@ -52,18 +52,30 @@ __all__ = [
 def open_queues(url: str | None = None) -> Queues:
     """Open the queue service that the URL names; None is this user's own file of the embedded queue.
 
-    `sqlite:///PATH` (relative to the working directory; four slashes for an absolute path).
-    Raises ConfigError for a URL that names no service, StoreError for a file that cannot be used.
+    `sqlite:///PATH` (relative to the working directory; four slashes for an absolute path),
+    `rackspace://[USER@]REGION`, `zaqar://CLOUD` or `sqs://REGION`; each service's module says more.
+    Raises ConfigError for a URL that names no service, StoreError for a file that cannot be used, CredentialsError
+    where the service needs some and finds none.
     """
     scheme, _, rest = ("sqlite:" if url is None else url).partition(":")
-    if scheme == "sqlite":
+    if url is None or scheme == "sqlite":
         from .sqlite import SqliteQueues
         from .store import state_path
 
         return SqliteQueues(state_path("queues.sqlite3") if url is None else _sqlite_path(rest))
-    if scheme in ("rackspace", "zaqar", "sqs"):
-        raise ConfigError(f"{url}: the service {scheme}:// comes next; use sqlite:///PATH meanwhile")
-    raise ConfigError(f"{url}: is no queue URL; use sqlite:///PATH, rackspace://REGION, zaqar://CLOUD or sqs://REGION")
+    if scheme == "rackspace":
+        from .cloud_queues import CloudQueues
+
+        return CloudQueues.from_url(url)
+    if scheme == "zaqar":
+        from .zaqar import ZaqarQueues
+
+        return ZaqarQueues.from_url(url)
+    if scheme == "sqs":
+        from .sqs import SqsQueues
+
+        return SqsQueues.from_url(url)
+    raise ConfigError("that is no queue URL: write sqlite:///PATH, rackspace://REGION, zaqar://CLOUD or sqs://REGION")
 
 
 def _sqlite_path(rest: str) -> Path:

@@ -270,11 +270,17 @@ class Queues(ABC):
 
     @abstractmethod
     def end_marker(self, queue: str) -> str:
-        """The marker behind the newest message: what is posted from now on comes after it."""
+        """The marker behind the newest message: what is posted from now on comes after it.
+
+        Raises ConfigError where not limits.can_browse.
+        """
 
     @abstractmethod
     def delete(self, queue: str, ids: Sequence[str]) -> None:
-        """Remove messages that no claim holds; a claimed or unknown one is left alone."""
+        """Remove messages that no claim holds; a claimed or unknown one is left alone.
+
+        Raises ConfigError where not limits.can_browse.
+        """
 
     @abstractmethod
     def purge(self, queue: str) -> None:

@@ -1,8 +1,8 @@
-"""The queue services that the contract is tested on: a factory each."""
+"""What the contract's tests need of a queue service, and the embedded queue as one."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -44,10 +44,6 @@ class EmbeddedService:
 def embedded(directory: Path) -> Iterator[Service]:
     with ExitStack() as closing:
         yield EmbeddedService(directory / "queues.sqlite3", closing)
-
-
-SERVICES: dict[str, Callable[[Path], AbstractContextManager[Service]]] = {"embedded": embedded}
-"""By the name that test ids show. Each is given a directory of its own."""
 
 
 def skip_unless(capability: object, missing: str) -> None:

@@ -1,9 +1,12 @@
 """Messages are removed without a claim."""
 
+from backends import skip_unless
+
 from claim_queues import Settlement
 
 
-def test_a_free_message_is_deleted_by_its_id_from_any_process(service, queue, terms):
+def test_a_free_message_is_deleted_by_its_id_from_any_process(service, queue, terms, limits):
+    skip_unless(limits.can_browse, "deletes claimed messages alone")
     deleted, _ = service.queues.post(queue, ["deleted", "left"])
 
     service.another().delete(queue, [deleted])
@@ -11,7 +14,8 @@ def test_a_free_message_is_deleted_by_its_id_from_any_process(service, queue, te
     assert [m.body for m in service.queues.claim(queue, **terms, limit=2).messages] == ["left"]
 
 
-def test_a_delete_leaves_a_claimed_message_alone(service, queues, queue, terms):
+def test_a_delete_leaves_a_claimed_message_alone(service, queues, queue, terms, limits):
+    skip_unless(limits.can_browse, "deletes claimed messages alone")
     ids = queues.post(queue, ["claimed", "free"])
     claim = queues.claim(queue, **terms, limit=1)
 
@@ -21,7 +25,8 @@ def test_a_delete_leaves_a_claimed_message_alone(service, queues, queue, terms):
     assert queues.claim(queue, **terms, limit=1) is None
 
 
-def test_deleting_what_is_gone_or_was_never_there_is_no_error(queues, queue, terms):
+def test_deleting_what_is_gone_or_was_never_there_is_no_error(queues, queue, terms, limits):
+    skip_unless(limits.can_browse, "deletes claimed messages alone")
     gone, kept = queues.post(queue, ["gone", "kept"])
     queues.delete(queue, [gone])
 
@@ -31,7 +36,8 @@ def test_deleting_what_is_gone_or_was_never_there_is_no_error(queues, queue, ter
     assert [m.id for m in queues.claim(queue, **terms, limit=2).messages] == [kept]
 
 
-def test_a_delete_leaves_other_queues_alone(queues, queue, other_queue, terms):
+def test_a_delete_leaves_other_queues_alone(queues, queue, other_queue, terms, limits):
+    skip_unless(limits.can_browse, "deletes claimed messages alone")
     (id_,) = queues.post(queue, ["kept"])
 
     queues.delete(other_queue, [id_])
@@ -39,7 +45,8 @@ def test_a_delete_leaves_other_queues_alone(queues, queue, other_queue, terms):
     assert queues.claim(queue, **terms, limit=1).messages[0].id == id_
 
 
-def test_a_message_whose_claim_lapsed_can_be_deleted(service, queues, queue, terms, ttl):
+def test_a_message_whose_claim_lapsed_can_be_deleted(service, queues, queue, terms, ttl, limits):
+    skip_unless(limits.can_browse, "deletes claimed messages alone")
     ids = queues.post(queue, ["free again"])
     queues.claim(queue, **terms, limit=1)
     service.advance(ttl + 1)

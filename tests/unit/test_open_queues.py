@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from backend_sqs import credentials
+from keyring_double import USER, Keyring, keyring_of
 
 from claim_queues import ConfigError, StoreError, open_queues
 
@@ -61,16 +63,31 @@ def test_a_sqlite_url_without_a_plain_path_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("url", ["queue", "/tmp/queue", "http://example.org/", "redis://x", "SQLITE", ":", "://"])
+@pytest.mark.parametrize("url", ["", "queue", "/tmp/queue", "http://example.org/", "redis://x", "SQLITE", ":", "://"])
 def test_what_names_no_service_is_refused_with_what_would(url: str) -> None:
-    with pytest.raises(ConfigError, match="use sqlite:///PATH, rackspace://REGION, zaqar://CLOUD or sqs://REGION"):
+    with pytest.raises(ConfigError, match="write sqlite:///PATH, rackspace://REGION, zaqar://CLOUD or sqs://REGION"):
         open_queues(url)
 
 
-@pytest.mark.parametrize("scheme", ["rackspace", "zaqar", "sqs"])
-def test_the_services_to_come_are_known_and_say_so(scheme: str) -> None:
-    with pytest.raises(ConfigError, match=f"the service {scheme}:// comes next"):
-        open_queues(f"{scheme}://somewhere")
+def test_a_url_that_names_no_service_is_not_repeated_for_it_may_hold_a_secret() -> None:
+    with pytest.raises(ConfigError) as refused:
+        open_queues("rackpsace://me:canary@DFW")
+    assert "canary" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "service"),
+    [
+        ("sqlite:///q.db", "the embedded queue"),
+        ("rackspace://me@DFW", "Rackspace Cloud Queues"),
+        ("zaqar://?endpoint=http://127.0.0.1:1&project=p", "OpenStack Zaqar"),
+        ("sqs://eu-west-1", "Amazon SQS"),
+    ],
+)
+def test_a_scheme_names_its_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, service: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with credentials(), keyring_of(Keyring()), open_queues(url.replace("me@", f"{USER}@")) as queues:
+        assert queues.limits.service == service
 
 
 def test_a_state_directory_that_cannot_be_made_is_a_store_error(tmp_path: Path) -> None:

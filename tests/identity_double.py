@@ -1,0 +1,51 @@
+"""A double of Rackspace's identity service, v2.0, on a loopback port.
+
+with IdentityDouble("http://127.0.0.1:8888/v1") as identity:
+    identity.url                                  # for `identity=` of a queue URL
+    identity.answer = lambda request: Reply(429)  # instead of a token
+    identity.tokens, identity.requests            # what it gave, what it was asked
+"""
+
+import itertools
+import ssl
+
+from keyring_double import KEY, USER
+from scripted_maker import Reply, Request, ScriptedMaker
+
+REGION = "DFW"
+
+
+class IdentityDouble(ScriptedMaker):
+    """Gives a new token for each right user name and API key, with a catalog that has Cloud Queues at `queues_url`."""
+
+    answers_all = True
+    _numbers = itertools.count(1)
+
+    def __init__(self, queues_url: str, *, key: str = KEY, tls: ssl.SSLContext | None = None) -> None:
+        super().__init__(tls=tls)
+        self.queues_url = queues_url
+        self.key = key
+        self.tokens: list[str] = []
+        self.answer = self.sign_in
+        self.url = self.url.removesuffix("/widgets") + "/v2.0"
+
+    def sign_in(self, request: Request) -> Reply:
+        """What the real service answers to a sign-in with an API key."""
+        if (request.method, request.path) != ("POST", "/v2.0/tokens"):
+            return Reply(404, {"itemNotFound": {"code": 404, "message": "Resource not found."}})
+        if request.json != {"auth": {"RAX-KSKEY:apiKeyCredentials": {"username": USER, "apiKey": self.key}}}:
+            return Reply(401, {"unauthorized": {"code": 401, "message": "Unable to authenticate user."}})
+        self.tokens.append(f"canary-token-{next(self._numbers)}")
+        return Reply(200, {"access": self._access(self.tokens[-1])})
+
+    def holds(self, request: Request) -> bool:
+        """Whether a request to the queue service carries the newest token."""
+        return request.headers.get("X-Auth-Token") in self.tokens[-1:]
+
+    def _access(self, token: str) -> dict[str, object]:
+        endpoints = [{"region": REGION, "tenantId": "123", "publicURL": self.queues_url}]
+        return {
+            "token": {"id": token, "expires": "2099-12-01T00:00:00.000Z", "tenant": {"id": "123", "name": "123"}},
+            "user": {"id": "7", "name": USER, "roles": [], "RAX-AUTH:defaultRegion": REGION},
+            "serviceCatalog": [{"name": "cloudQueues", "type": "rax:queues", "endpoints": endpoints}],
+        }
