@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check --no-deps
 TESTS := $(BIN)/python -m pytest
 
-.PHONY: help setup demo run test test-quick check mutants readme lock clean
+.PHONY: help setup demo run test test-quick check mutants zaqar sqs servers readme lock clean
 
 help:  ## print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile
@@ -17,12 +17,12 @@ demo: .venv/installed  ## start maker and consumer, submit 23 requests, show wha
 run: .venv/installed  ## keep maker, consumer and producer running in this terminal until Ctrl-C
 	@PATH="$(CURDIR)/$(BIN):$$PATH" honcho --procfile demo/Procfile --app-root . start || test $$? -eq 130
 
-test: .venv/tests-installed check  ## run all checks and tests
-	@$(TESTS) -n 2 --cov --cov-report=
+test: .venv/tests-installed servers check  ## run all checks and tests
+	@$(TESTS) -n 2 --dist loadgroup --cov --cov-report=
 	@$(BIN)/coverage report --fail-under=95
 
-test-quick: .venv/tests-installed  ## run the tests of the embedded queue and the units
-	@$(TESTS) -n 2
+test-quick: .venv/tests-installed  ## run the tests that need no queue server
+	@$(TESTS) -n 2 --dist loadgroup -k "not cloud and not zaqar and not sqs and not service"
 
 check: .venv/tests-installed  ## run the linters and the type checker
 	@$(BIN)/ruff check .
@@ -33,6 +33,15 @@ check: .venv/tests-installed  ## run the linters and the type checker
 mutants: .venv/tests-installed  ## plant each bug of tests/mutants.toml and see that a test catches it
 	@$(BIN)/python tests/mutants.py
 
+zaqar: .venvs/zaqar23/installed  ## run a local OpenStack Zaqar (in memory) until Ctrl-C
+	@echo "export WIDGET_CREATE=1 WIDGET_QUEUE_URL='zaqar://?endpoint=http://127.0.0.1:8888&project=widgets'"
+	@.venvs/zaqar23/bin/python tests/servers/zaqar_server.py 8888 mongodb >/dev/null || test $$? -eq 130
+
+sqs: .venvs/sqs/installed  ## run a local SQS server (in memory) until Ctrl-C
+	@echo "export AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local"
+	@echo "export WIDGET_CREATE=1 WIDGET_QUEUE_URL='sqs://us-east-1?endpoint=http://127.0.0.1:9324'"
+	@.venvs/sqs/bin/python tests/servers/sqs_server.py 9324 >/dev/null || test $$? -eq 130
+
 readme: .venv/tests-installed  ## write the option tables of README.md anew
 	@PYTHONPATH=. $(BIN)/python tests/readme.py
 
@@ -41,6 +50,8 @@ lock:  ## compile the lock files anew (needs uv)
 		--generate-hashes --no-emit-index-url --upgrade --output-file requirements.lock
 	uv pip compile tests/requirements.txt --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --upgrade --output-file tests/requirements.lock
+	for server in zaqar18 zaqar23 sqs; do uv pip compile tests/servers/$$server.txt --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --upgrade --output-file tests/servers/$$server.lock; done
 
 clean:  ## remove the virtual environments and all caches
 	rm -rf .venv .venvs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage* *.egg-info
@@ -54,7 +65,7 @@ clean:  ## remove the virtual environments and all caches
 	@$(BIN)/$(INSTALL) --no-build-isolation --editable .
 	@touch $@
 
-servers: .venvs/zaqar18/installed .venvs/zaqar23/installed .venvs/sqs/installed  ## install the queue servers that the tests run
+servers: .venvs/zaqar18/installed .venvs/zaqar23/installed .venvs/sqs/installed
 
 .venvs/%/installed: tests/servers/%.lock
 	@echo "installing into .venvs/$* (once)"
