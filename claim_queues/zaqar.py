@@ -65,6 +65,7 @@ TIMEOUTS_S = (5, 30)
 """To connect, and to read; openstacksdk sets none."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
 """Between looks of a wait: API v2 has no long poll."""
+NO_MESSAGE = "0" * 24
 USAGE = "write zaqar://CLOUD, a name in clouds.yaml, or zaqar://?endpoint=URL&project=NAME for a Zaqar without Keystone"
 
 T = TypeVar("T")
@@ -270,7 +271,7 @@ class ZaqarQueues(Queues):
         return found
 
     def inspect(self, queue: str) -> list[str]:
-        """Look for metadata of the queue that moves or hides messages behind our back."""
+        """Look for what moves or hides messages behind our back: metadata of the queue, and the server's driver."""
         answer = self._ask("read", queue, "GET")
         with self._reading("read", queue):
             receives, letters, delay = map(
@@ -284,6 +285,11 @@ class ZaqarQueues(Queues):
             )
         if delay:
             found.append(f"hides each message for its first {delay} seconds, and counts it as free meanwhile")
+        if self._delete_one(queue, NO_MESSAGE, claim_id="none"):  # only the MongoDB driver looks at the claim first
+            found.append(
+                "is not kept by Zaqar's MongoDB driver: the Redis driver's claims of several messages also take what"
+                " others hold, and cannot be released then: use --claim-limit 1"  # XR1, XR5
+            )
         return found
 
     def stop_waiting(self) -> None:

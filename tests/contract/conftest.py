@@ -13,7 +13,6 @@ from backends import Service, embedded
 
 from claim_queues import Limits, Queues
 
-
 SERVICES: dict[str, Callable[[Path], AbstractContextManager[Service]]] = {
     "embedded": embedded,
     "cloud-queues": cloud_queues,

@@ -45,7 +45,8 @@ def test_a_delete_leaves_other_queues_alone(queues, queue, other_queue, terms, l
     assert queues.claim(queue, **terms, limit=1).messages[0].id == id_
 
 
-def test_a_message_whose_claim_lapsed_can_be_deleted(service, queues, queue, terms, ttl, limits):
+def test_a_message_whose_claim_lapsed_can_be_deleted(service, queue, terms, ttl, limits):
+    queues = service.queues
     skip_unless(limits.can_browse, "deletes claimed messages alone")
     ids = queues.post(queue, ["free again"])
     queues.claim(queue, **terms, limit=1)

@@ -1,10 +1,12 @@
-"""A real Zaqar for tests, in one process: `python zaqar_server.py PORT DRIVER [REDIS_PORT]`, in an environment of its own.
+"""A real Zaqar for tests, in one process, in an environment of its own.
+
+Usage: python zaqar_server.py PORT DRIVER [REDIS_PORT]
 
 DRIVER: mongodb (on mongomock, in memory) or redis. Zaqar 18 serves API v1 beside v2, later ones v2 alone.
 One path is added: POST /test-clock with a number of seconds moves the server's clock on (mongodb driver alone).
 """
 
-import datetime
+import datetime as dt
 import sys
 import tempfile
 import time
@@ -35,15 +37,15 @@ uri = {uri}
 secret_key = test
 """
 
-ahead_s = 0.0
+clock = types.SimpleNamespace(ahead_s=0.0)
 
 
 def now():
-    return time.time() + ahead_s
+    return time.time() + clock.ahead_s
 
 
 def utcnow(*args, **kwargs):
-    return datetime.datetime.fromtimestamp(now(), datetime.timezone.utc).replace(tzinfo=None)
+    return dt.datetime.fromtimestamp(now(), dt.UTC).replace(tzinfo=None)
 
 
 def use_mongomock():
@@ -89,12 +91,11 @@ def is_zaqar_18():
 
 def with_clock(app):
     def wrapped(environ, start_response):
-        global ahead_s
         if environ["PATH_INFO"] != "/test-clock":
             return app(environ, start_response)
-        ahead_s += float(environ["wsgi.input"].read())
+        clock.ahead_s += float(environ["wsgi.input"].read())
         start_response("200 OK", [("Content-Type", "text/plain")])
-        return [str(ahead_s).encode()]
+        return [str(clock.ahead_s).encode()]
 
     return wrapped
 

@@ -647,6 +647,17 @@ def test_a_queue_that_moves_or_hides_messages_is_named(queues, queue, proxy):
     assert "for its first 9 seconds" in hides
 
 
+def test_a_driver_whose_claims_take_what_others_hold_is_named(either):
+    queues, proxy = either
+    queues.create(queue := new_name())
+
+    found = queues.inspect(queue)
+
+    assert ["use --claim-limit 1" in sentence for sentence in found] == [True] * (
+        proxy.target != backend_zaqar.mongodb_server()
+    )
+
+
 # Keystone
 
 pytestmark = pytest.mark.filterwarnings(
