@@ -6,12 +6,10 @@ request, a sign-in that one bad answer breaks for good, settings that turn TLS v
 
 import collections.abc
 import configparser
-import email.utils
 import ipaddress
 import json
 import logging
 import threading
-import time
 import uuid
 import warnings
 from pathlib import Path
@@ -24,6 +22,7 @@ from keyring.backends import chainer, fail, null
 from urllib3.exceptions import HTTPError
 
 from .errors import ConfigError, CredentialsError, QueueUnavailable
+from .zaqar_api import content, reason, retry_after_s
 
 for _module, _name, _thing in (
     # Gone from Python 3.10; the oslo.config that plain pip installs for pyrax looks for Mapping here.
@@ -58,7 +57,6 @@ __all__ = ["AUTH_ENDPOINT", "Client", "Identity", "QueueClient", "api_key", "con
 
 TIMEOUT_S = (5, 30)
 """To connect, and between two bytes of an answer."""
-LONGEST_RETRY_AFTER_S = 3_600.0
 
 
 def configured_user() -> str | None:
@@ -183,37 +181,12 @@ def send(session: requests.Session, method: str, url: str, **options: Any) -> tu
     settings, where `verify_ssl = true` means no, are not asked.
     """
     answer = session.request(method, url, timeout=TIMEOUT_S, verify=True, allow_redirects=False, **options)
-    try:
-        content = json.loads(answer.content)
-    except (ValueError, RecursionError):
-        content = answer.text
+    found = content(answer)
     if answer.status_code >= requests.codes.multiple_choices:
-        error = sdk.from_response(answer, {"message": _reason(content) or answer.reason})
-        error.retry_after_s = _retry_after_s(answer.headers.get("Retry-After"))
+        error = sdk.from_response(answer, {"message": reason(found) or answer.reason})
+        error.retry_after_s = retry_after_s(answer)
         raise error
-    return answer, content
-
-
-def _reason(content: Any) -> str:
-    """What the service says went wrong: Zaqar's title and description, identity's message, or the first words."""
-    if isinstance(content, dict):
-        inner = next((value for value in content.values() if isinstance(value, dict)), content)
-        content = ": ".join(str(inner[key]) for key in ("title", "description", "message") if inner.get(key))
-    return " ".join(str(content).split())[:200]
-
-
-def _retry_after_s(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for (whole seconds or an HTTP date); None for nonsense."""
-    if value is None:
-        return None
-    try:
-        asked = float(value)
-    except ValueError:
-        try:
-            asked = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return None
-    return min(max(0.0, asked), LONGEST_RETRY_AFTER_S)
+    return answer, found
 
 
 def _require_safe(url: str, what: str) -> None:

@@ -87,7 +87,9 @@ def test_a_claim_holds_what_its_one_answer_says(queues: CloudQueues, pyrax_clien
 
     found = queues.claim("q", **TERMS, limit=20)
 
-    messages = (Message("m1", {"widget_id": "x"}, 7.0, 3600), Message("m2", None, 7.0, 3600))
+    messages = tuple(
+        Message(id_, body, 7.0, 3600, handle="c1") for id_, body in (("m1", {"widget_id": "x"}), ("m2", None))
+    )
     assert found == Claim("c1", "q", messages, 60)
     pyrax_client.method_post.assert_called_once_with(
         "/queues/q/claims", params={"limit": 20}, data='{"ttl": 300, "grace": 60}'
@@ -146,7 +148,7 @@ def test_a_message_given_twice_is_claimed_once_and_more_than_was_asked_for_is_ta
 )
 def test_what_is_no_claim_is_unavailable(queues: CloudQueues, pyrax_client: Mock, answer: Any) -> None:
     pyrax_client.method_post.return_value = answer
-    with pytest.raises(QueueUnavailable, match="none of Cloud Queues"):
+    with pytest.raises(QueueUnavailable, match="none of Rackspace Cloud Queues"):
         queues.claim("q", **TERMS, limit=20)
 
 
@@ -266,7 +268,7 @@ def test_a_page_goes_on_behind_the_marker_that_the_service_gives(queues: CloudQu
     page = queues.browse("q")
     queues.browse("q", after=page.marker, limit=5, claimed=True)
 
-    assert page == Page((Message("m1", "body", 7.0, 3600),), "a&b=5f")
+    assert page == Page((Message("m1", "body", 7.0, 3600, handle="c1"),), "a&b=5f")
     assert [call.kwargs["params"] for call in pyrax_client.method_get.call_args_list] == [
         {"limit": 20, "echo": "true", "include_claimed": "false", "marker": None},
         {"limit": 5, "echo": "true", "include_claimed": "true", "marker": "a&b=5f"},
@@ -349,7 +351,7 @@ PYRAX_RAISES = {
     "NoEndpointForRegion": ConfigError,
     "NoEndpointForService": ConfigError,
     "NoSuchClient": ConfigError,
-    "NoUniqueMatch": QueueUnavailable,
+    "NoUniqueMatch": ConfigError,
     "NotAuthenticated": CredentialsError,
     "NotFound": QueueNotFound,
     "QueueClientIDNotDefined": ConfigError,
