@@ -25,13 +25,10 @@ from .errors import ConfigError, CredentialsError, QueueUnavailable
 from .zaqar_api import content, reason, retry_after_s
 
 for _module, _name, _thing in (
-    # Gone from Python 3.10; the oslo.config that plain pip installs for pyrax looks for Mapping here.
+    # From Python 3.10 on collections lacks what oslo.config, as plain pip installs it for pyrax, looks for there, and
+    # from 3.12 on configparser lacks what pyrax reads its file with.
     *((collections, name, getattr(collections.abc, name)) for name in collections.abc.__all__),
-    (
-        configparser,
-        "SafeConfigParser",
-        configparser.ConfigParser,
-    ),  # gone from Python 3.12; pyrax reads its file with it
+    (configparser, "SafeConfigParser", configparser.ConfigParser),
 ):
     if not hasattr(_module, _name):
         setattr(_module, _name, _thing)

@@ -56,6 +56,15 @@ def test_a_page_has_at_most_limit_messages_and_its_marker_goes_on_behind_them(qu
     assert [[m.body for m in page.messages] for page in (first, second, third)] == [[1, 2], [3], []]
 
 
+def test_a_page_may_be_longer_than_a_request_of_the_service(queues, queue, limits):
+    queues.post(queue, list(range(45)))
+
+    first = queues.browse(queue, limit=41)
+    second = queues.browse(queue, limit=41, after=first.marker)
+
+    assert [[m.body for m in page.messages] for page in (first, second)] == [list(range(41)), list(range(41, 45))]
+
+
 def test_the_marker_of_an_empty_page_finds_what_is_posted_later(queues, queue, limits):
     queues.post(queue, ["seen"])
     seen = queues.browse(queue)

@@ -144,6 +144,7 @@ def test_a_message_given_twice_is_claimed_once_and_more_than_was_asked_for_is_ta
         answered(201, None, Location="/c1"),
         answered(201, {}, Location="/c1"),
         answered(201, [entry("m1")]),
+        claimed(None, {}),
     ],
 )
 def test_what_is_no_claim_is_unavailable(queues: CloudQueues, pyrax_client: Mock, answer: Any) -> None:

@@ -324,7 +324,10 @@ def test_every_refusal_by_the_service_becomes_one_of_our_errors(queues, queue, p
         assert type(raised.value) is error or error is QueueUnavailable
 
 
-@pytest.mark.parametrize(("header", "seconds"), [("7", 7), ("soon", None), (None, None)])
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("7", 7), ("9" * 9, 3600), ("Thu, 01 Jan 1970 00:00:00 GMT", 0), ("soon", None), (None, None)],
+)
 def test_the_wait_that_the_service_asks_for_is_told(queues, queue, proxy, header, seconds):
     proxy.answer = lambda request: Reply(429, "", {"Retry-After": header})
 
@@ -618,10 +621,11 @@ def test_a_queue_exists_only_under_its_very_name(either):
     assert len(proxy.requests) <= 2 * 13
 
 
-def test_a_missing_queue_has_no_stats(either):
+def test_a_missing_queue_has_no_stats_and_no_end(either):
     queues, _ = either
-    with pytest.raises(QueueNotFound, match="create it with --create"):
-        queues.stats(new_name())
+    for operation in (queues.stats, queues.end_marker):
+        with pytest.raises(QueueNotFound, match="create it with --create"):
+            operation(new_name())
 
 
 def put_metadata(proxy: FaultProxy, queue: str, metadata: dict[str, object]) -> None:
