@@ -163,6 +163,7 @@ class Faults:
     started: float = field(default_factory=time.monotonic)
     clock: Callable[[], float] = time.monotonic
     random: Callable[[], float] = random.random
+    sleep: Callable[[float], None] = time.sleep
 
     def is_outage(self) -> bool:
         start, seconds = self.outage
@@ -254,7 +255,7 @@ def _add_post(app: Flask, widgets: Widgets, faults: Faults, numbers: Numbers) ->
             return
         if faults.latency_s:
             numbers.faults.labels("latency").inc()
-            time.sleep(faults.latency_s)
+            faults.sleep(faults.latency_s)
         if faults.random() < faults.fail_rate:
             numbers.faults.labels("failure").inc()
             raise Refused(500, "failure", "a failure, as --fail-rate asks")

@@ -53,9 +53,10 @@ QUEUE_URL = Values(
         "sqlite:",
         "sqlite://host/x",
         "sqlite:///",
-        "rackspace://DFW",
+        "rackspace://",
+        "rackspace://user:key@DFW",
         "zaqar://c",
-        "sqs://r",
+        "sqs://r?x=1",
     )
 )
 MAKER_URL = Values(("ftp://x/", "//host/x", "http:///x", "http://exa mple/", "http://x:99999/", "http://x:abc/", "x"))

@@ -554,10 +554,9 @@ def test_a_fault_can_strike_one_id_only(start: Callable[..., FlaskClient]) -> No
     assert post(client, OTHER_ID).status_code == 201
 
 
-def test_latency_comes_before_the_answer(start: Callable[..., FlaskClient], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latency_comes_before_the_answer(start: Callable[..., FlaskClient]) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("widget_maker.time.sleep", waits.append)
-    client = start(Faults(latency_s=7.0, ids=frozenset([ID])))
+    client = start(Faults(latency_s=7.0, ids=frozenset([ID]), sleep=waits.append))
     post(client, OTHER_ID)
     assert waits == []
     post(client, ID)
