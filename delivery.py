@@ -9,7 +9,6 @@ everything else: a redirect, a login, another server              MISCONFIGURED
 """
 
 import email.utils
-import http.client
 import json
 import math
 import os
@@ -23,9 +22,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from http import HTTPStatus
+from typing import Any, cast
 from urllib.parse import quote, urlsplit
 
+import httptools
 import requests
 import urllib3
 
@@ -45,8 +46,15 @@ RESPONSE_IDS = uuid.UUID("8f3f2a0c-5d0f-5a52-9c0b-6f1f5f1d2c11")
 REJECTING = frozenset({400, 413, 415, 422})
 UNAVAILABLE = frozenset({408, 425, 429, 502, 503, 504})
 
+_HEADERS = {
+    "Content-Type": "application/json",
+    "Accept": "application/json",
+    "Accept-Encoding": "identity",
+    "User-Agent": f"itchy-octo-chainsaw/{__version__}",
+}
 _SAFE_IN_HEADERS = string.punctuation.replace("%", "")
-_NO_ANSWER_ERRORS = (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError)
+_ENCODE = json.JSONEncoder(allow_nan=False).encode
+_NO_ANSWER_ERRORS = (OSError, httptools.HttpParserError, urllib3.exceptions.HTTPError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +173,7 @@ class Maker:
         _check(url)
         self.url = url
         self.deadline_s = deadline_s
-        self._pool, self.target = _reach(url)
+        self._pool, self._target, self._host = _reach(url)
         self._lock = threading.Lock()
         self._running: dict[Connection, float] = {}
         threading.Thread(target=self._watch_deadlines, name="deadlines", daemon=True).start()
@@ -173,6 +181,14 @@ class Maker:
     def connect(self) -> "Connection":
         """A connection for one thread; its first POST opens it, and it is kept open."""
         return Connection(self, self._pool._new_conn())  # noqa: SLF001 a connection of its own, set up by the pool
+
+    def head(self, headers: dict[str, str], target: str = "") -> bytes:
+        """What follows the method in a request's head. ValueError for a header that cannot be sent."""
+        lines = [f"{name}: {value}" for name, value in (_HEADERS | headers).items()]
+        head = f"{target or self._target} HTTP/1.1\r\nHost: {self._host}\r\n" + "\r\n".join(lines)
+        if not head.isascii() or len(head.splitlines()) != len(lines) + 2:
+            raise ValueError("a header is not printable ASCII")
+        return head.encode()
 
     def is_healthy(self) -> bool:
         """Say whether the maker's /healthz answers as ours does: 200 and `{"status": "ok"}`."""
@@ -205,38 +221,39 @@ class Maker:
 class Connection:
     """One kept-alive connection to the maker, for one thread.
 
-    The transport is driven directly: a deadline needs the socket, and a requests.Session's own work costs several
-    times the POST's.
+    requests opens it, with all that it knows of TLS; the POSTs go over its socket directly: a deadline needs the
+    socket, and what a requests.Session does for each POST costs many times the POST.
     """
 
     def __init__(self, maker: Maker, transport: Any) -> None:
         self._maker = maker
         self._transport = transport
         self._socket: socket.socket | None = None
+        self._patience_s = math.inf
         self._aborted = False
 
     def post(self, request: dict[str, JSON], headers: dict[str, str]) -> Answer:
         """POST the request and read the whole answer; never raises, never follows a redirect."""
         try:
-            body = json.dumps(request, allow_nan=False).encode()
-            status, found, content = self._exchange("POST", self._maker.target, body, _HEADERS | headers)
+            head, body = self._maker.head(headers), _ENCODE(request).encode()
+            answer = self._exchange(b"POST %b\r\nContent-Length: %d\r\n\r\n%b" % (head, len(body), body))
         except _NO_ANSWER_ERRORS as error:
             self.close()
             return Answer(None, Failure.UNAVAILABLE, None, self._explain(error))
         except (ValueError, RecursionError) as error:
             self.close()
             return Answer(None, Failure.FAILED, None, f"the request cannot be sent: {error}"[:MOST_REASON])
-        return judge(status, found, content, request["widget_id"])
+        return judge(answer.status, answer.headers, answer.body, request["widget_id"])
 
     def is_healthy(self) -> bool:
         """Ask /healthz once, and close the connection."""
         try:
-            status, _, content = self._exchange("GET", "/healthz", None, _HEADERS, patience_s=CONNECT_TIMEOUT_S)
+            answer = self._exchange(b"GET %b\r\n\r\n" % self._maker.head({}, "/healthz"), CONNECT_TIMEOUT_S)
         except _NO_ANSWER_ERRORS:
             return False
         finally:
             self.close()
-        return status == requests.codes.ok and _json_object(content).get("status") == "ok"
+        return answer.status == HTTPStatus.OK and _json_object(answer.body).get("status") == "ok"
 
     def abort(self) -> None:
         """End what runs in another thread."""
@@ -250,40 +267,46 @@ class Connection:
         """Close the connection; the next POST opens a new one."""
         self._transport.close()
 
-    def _exchange(
-        self, method: str, target: str, body: bytes | None, headers: dict[str, str], patience_s: float = math.inf
-    ) -> tuple[int, Mapping[str, str], bytes]:
+    def _exchange(self, request: bytes, patience_s: float = math.inf) -> "_Incoming":
         """Ask, and read the whole answer. patience_s: longest silence; the deadline ends all of it."""
-        transport = self._transport
         self._aborted = False
         with self._maker.deadline(self):
-            self._open()
-            transport.timeout = min(patience_s, self._maker.deadline_s)
-            transport.request(method, target, body, headers, preload_content=False, decode_content=False)
-            answer = self._read_answer()
+            sock = self._open()
+            self._patience_s = min(patience_s, self._maker.deadline_s)
+            sock.settimeout(self._patience_s)
+            with suppress(BrokenPipeError):  # it may have answered without reading all
+                sock.sendall(request)
+            answer = self._read_answer(sock)
             self._check_deadline()  # the abort may look like the end of the answer
+        if not answer.keeps_alive:
+            self.close()
         return answer
 
-    def _read_answer(self) -> tuple[int, Mapping[str, str], bytes]:
-        try:
-            response = self._transport.getresponse()
-            content = response.read(MOST_ANSWER_BYTES + 1)
-        except ValueError as error:  # such as the library's own for a chunk of a negative size
-            raise http.client.HTTPException(str(error)) from error
-        if len(content) > MOST_ANSWER_BYTES or response.status < requests.codes.ok:  # more of it may come
-            response.close()
-            self._transport.close()
-        elif response.length_remaining:
-            raise http.client.IncompleteRead(content, response.length_remaining)
-        return response.status, response.headers, content
+    def _read_answer(self, sock: socket.socket) -> "_Incoming":
+        answer, received = _Incoming(), 0
+        while not answer.is_whole:
+            data = sock.recv(MOST_ANSWER_BYTES)
+            received += len(data)
+            if received > 2 * MOST_ANSWER_BYTES or len(answer.body) > MOST_ANSWER_BYTES:
+                break
+            if data:
+                answer.feed(data)
+            elif answer.ends_with_connection:
+                break
+            else:
+                raise ConnectionError("the answer ends in the middle" if received else "no answer")
+        if not answer.status:
+            raise ConnectionError("the answer's head is too long")
+        return answer
 
-    def _open(self) -> None:
+    def _open(self) -> socket.socket:
         if not self._transport.is_connected:  # never opened, or closed by the maker while idle
             self._transport.close()
-            self._transport.timeout = min(CONNECT_TIMEOUT_S, self._maker.deadline_s)
+            self._patience_s = self._transport.timeout = min(CONNECT_TIMEOUT_S, self._maker.deadline_s)
             self._transport.connect()
-            self._socket = self._transport.sock  # the transport forgets it when the answer ends the connection
+            self._socket = self._transport.sock
         self._check_deadline()
+        return cast(socket.socket, self._transport.sock)
 
     def _check_deadline(self) -> None:
         if self._aborted:
@@ -291,22 +314,59 @@ class Connection:
 
     def _explain(self, error: Exception) -> str:
         cause = error.__cause__ or error
-        if self._aborted or isinstance(cause, TimeoutError | urllib3.exceptions.ReadTimeoutError):
-            waited = self._maker.deadline_s if self._aborted else self._transport.timeout
-            return f"no answer within {waited:g} s"
+        if self._aborted or isinstance(cause, TimeoutError):
+            return f"no answer within {self._maker.deadline_s if self._aborted else self._patience_s:g} s"
         return f"{type(cause).__name__}: {getattr(cause, 'strerror', None) or cause}"[:MOST_REASON]
 
 
-_HEADERS = {
-    "Content-Type": "application/json",
-    "Accept": "application/json",
-    "Accept-Encoding": "identity",
-    "User-Agent": f"itchy-octo-chainsaw/{__version__}",
-}
+class _Incoming:
+    """The maker's answer, as httptools parses it: headers by lower-case name. Complete once is_whole."""
+
+    def __init__(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.body = b""
+        self.is_whole = self.keeps_alive = False
+
+    def feed(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            if not self.is_whole:
+                raise
+            self.keeps_alive = False  # what follows the answer is none
+
+    @property
+    def ends_with_connection(self) -> bool:
+        """Whether the end of the connection is the end of this answer, as it is where nothing tells its length."""
+        return bool(self.status) and not {"content-length", "transfer-encoding"} & self.headers.keys()
+
+    # Called by the parser
+
+    def on_message_begin(self) -> None:
+        self.keeps_alive = False  # more than one answer
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.is_whole:
+            self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        if not self.is_whole and self._parser.get_status_code() != HTTPStatus.CONTINUE:
+            self.status = self._parser.get_status_code()
+
+    def on_body(self, data: bytes) -> None:
+        if not self.is_whole:
+            self.body += data
+
+    def on_message_complete(self) -> None:
+        if self.status and not self.is_whole:
+            self.is_whole = True
+            self.keeps_alive = self.status >= HTTPStatus.OK and self._parser.should_keep_alive()
 
 
 def judge(status: int, headers: Mapping[str, str], body: bytes, widget_id: str) -> Answer:
-    """What this answer means for the request that asked for widget_id."""
+    """What this answer means for the request that asked for widget_id. headers: by lower-case name."""
     content = _json_object(body)
     reason = _own_reason(content)
     named = content.get("id")
@@ -317,9 +377,9 @@ def judge(status: int, headers: Mapping[str, str], body: bytes, widget_id: str) 
     if 500 <= status < 600 or status in UNAVAILABLE:  # noqa: PLR2004
         failure = Failure.UNAVAILABLE if status in UNAVAILABLE else Failure.FAILED
         said = f"HTTP {status}" if reason is None else f"HTTP {status}: {reason}"
-        return Answer(None, failure, status, said, parse_retry_after(headers.get("Retry-After")))
+        return Answer(None, failure, status, said, parse_retry_after(headers.get("retry-after")))
     if 300 <= status < 400:  # noqa: PLR2004
-        said = f"redirected (HTTP {status}) to {headers.get('Location', 'nowhere')[:MOST_REASON]}: not followed"
+        said = f"redirected (HTTP {status}) to {headers.get('location', 'nowhere')[:MOST_REASON]}: not followed"
         return Answer(None, Failure.MISCONFIGURED, status, said)
     return Answer(None, Failure.MISCONFIGURED, status, f"HTTP {status}, but not as the widget maker answers")
 
@@ -371,8 +431,8 @@ def _check(url: str) -> None:
         raise ConfigError(f"maker URL{shown}: write http://HOST[:PORT]/PATH or https://...")
 
 
-def _reach(url: str) -> tuple[Any, str]:
-    """The connection pool for the URL, and its path and query as a request line takes them."""
+def _reach(url: str) -> tuple[Any, str, str]:
+    """The connection pool for the URL, its path and query as a request line takes them, and its Host header."""
     session = requests.Session()
     session.trust_env = False
     adapter: Any = session.get_adapter(url)
@@ -384,7 +444,7 @@ def _reach(url: str) -> tuple[Any, str]:
         pool.host.encode("idna")
     except (OSError, ValueError) as error:
         raise ConfigError(f"maker URL {url}: {error}") from error
-    return pool, prepared.path_url
+    return pool, prepared.path_url, urlsplit(str(prepared.url)).netloc
 
 
 def _iso(moment: float) -> str:

@@ -350,7 +350,8 @@ class Consumer:
             if was_open and not self._breaker.is_open:
                 self._reported = ""
                 log.info("the maker is back", after_s=round(time.monotonic() - self._breaker.opened_at, 1))
-            self._has_room.notify()
+            if was_open or answer.outcome is None:
+                self._has_room.notify()  # when to claim next may have changed
 
     def _act_on(self, verdict: Verdict[Delivery]) -> None:
         """Blame and excuse as the breaker says; when it opens, give back all that waits for a slot."""

@@ -160,10 +160,13 @@ class Keeper:
     def settle(self, held: Held, posts: Iterable[Post], *, fenced: bool) -> None:
         """Post what became of the message and delete it: soon, and together with others."""
         with self._changed:
-            if all(other.settlement is None for other in held.of.open.values()):
-                held.of.settle_at = self._clock() + self._queues.limits.settle_linger
+            claim = held.of
+            is_first = all(other.settlement is None for other in claim.open.values())
             held.settlement = Settlement(held.message, tuple(posts), fenced)
-            self._changed.notify()
+            if is_first:
+                claim.settle_at = self._clock() + self._queues.limits.settle_linger
+            if is_first or all(other.is_over for other in claim.open.values()):
+                self._changed.notify()  # the others only join
 
     def give_back(self, held: Held, *, delay: float = 0) -> None:
         """Make the message free again after `delay` seconds, or as near to that as the service can."""

@@ -41,7 +41,7 @@ LIMITS = Limits(
     atomic_settle=True,
     releases_one_message=True,
     release_delay=43_200,
-    settle_linger=0.002,
+    settle_linger=0.010,
 )
 
 RECHECK_S = 1.0
