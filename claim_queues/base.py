@@ -19,8 +19,8 @@ from .errors import ConfigError, MessageRefused
 JSON = Any
 """A JSON value: dict with str keys, list, str, int, float, bool or None."""
 
-MOST_SAFE_DIGITS = 18
-"""An integer of so many digits always fits into signed 64 bits, as Zaqar demands (HTTP 400 otherwise)."""
+_LARGE_INTEGER = re.compile("[0-9]{19}")
+"""An integer of fewer digits always fits into signed 64 bits, as Zaqar demands (HTTP 400 otherwise)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,12 +185,12 @@ class Limits:
         NaN, infinities, integers outside signed 64 bits and bodies over message_bytes are refused.
         """
         try:
-            text = json.dumps(body, allow_nan=False, separators=(",", ":"))
+            text = _ENCODE(body)
         except (TypeError, ValueError, RecursionError) as error:
             raise MessageRefused(f"the body is not JSON: {error}") from error
         if len(text) > self.message_bytes:
             raise MessageRefused(f"the body has {len(text):,} bytes; {self.service} takes {self.message_bytes:,}")
-        if len(text) > MOST_SAFE_DIGITS and _has_large_integer(body):
+        if _LARGE_INTEGER.search(text) and _has_large_integer(body):
             raise MessageRefused("the body holds an integer outside signed 64 bits")
         return text
 
@@ -320,7 +320,7 @@ def decode(text: str) -> JSON:
     NaN, infinities and integers outside signed 64 bits could not.
     """
     try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_small)
+        return _DECODE(text)
     except (ValueError, RecursionError):
         return text
 
@@ -352,3 +352,7 @@ def _has_large_integer(value: JSON) -> bool:
         elif isinstance(value, int) and not -(2**63) <= value < 2**63:
             return True
     return False
+
+
+_ENCODE = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+_DECODE = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite, parse_int=_small).decode
