@@ -57,6 +57,8 @@ POST_SPARE_S = 5.0
 BACKOFF_BASE_S, LONGEST_BACKOFF_S = 0.5, 300.0
 MOST_BACKOFFS_PER_SLOT = 5
 CLAIM_PAUSE_S, LONGEST_CLAIM_PAUSE_S = 0.5, 30.0
+DRAIN_LOOK_S = 0.1
+"""How long a drain waits for messages before it looks whether any are left."""
 CHECK_QUEUES_EVERY_S = 60.0
 MISCONFIGURED_DRAIN_S = 60.0
 STOP_PATIENCE_S = 10.0
@@ -122,6 +124,7 @@ class Consumer:
         self._reported = ""
         self._next_check_at = 0.0
         self._empty_since: float | None = None
+        self._patience_s = DRAIN_LOOK_S if settings.drain else settings.poll_interval
         self.totals: Counter[str] = Counter()
         self._keeper = Keeper(queues, self, claim_ttl=settings.claim_ttl, grace=settings.grace)
 
@@ -216,7 +219,7 @@ class Consumer:
         return since + MISCONFIGURED_DRAIN_S if self._settings.drain and since is not None else math.inf
 
     def _claim_batch(self) -> bool:
-        return self._claim(self._settings.claim_limit, wait=self._settings.poll_interval)
+        return self._claim(self._settings.claim_limit, wait=self._patience_s)
 
     def _probe(self) -> bool:
         """Claim one message to try the maker with: another than the one that failed last, if there is another."""
@@ -240,6 +243,8 @@ class Consumer:
             require_queues(self._queues, settings.queues, create=settings.create)
         if not settings.drain or self._keeper.count() or self._queues.stats(settings.request_queue).total:
             self._empty_since = None
+            is_working = self._keeper.count() > self._keeper.backing_off()
+            self._patience_s = DRAIN_LOOK_S if settings.drain and is_working else settings.poll_interval
             return False
         if self._empty_since is None:
             self._empty_since = now
