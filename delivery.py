@@ -18,7 +18,7 @@ import string
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -79,7 +79,7 @@ class Delivery:
     """One received message on its way to the maker, with the maker's latest answer.
 
     probe: it tries whether the maker is back. alone: so did it the last time, so its failure alone proves nothing.
-    on_trial: this receive counts against it only once its POST starts.
+    on_trial: this receive counts against it only once its POST starts. single: it is not to join a batch again.
     """
 
     held: Held
@@ -87,6 +87,7 @@ class Delivery:
     probe: bool = False
     alone: bool = False
     on_trial: bool = False
+    single: bool = False
     answer: Answer = NO_ANSWER
 
     @property
@@ -108,6 +109,11 @@ class Delivery:
         found = body.get("widget_id") if isinstance(body, dict) else None
         return found if isinstance(found, str) else None
 
+    def joins(self, other: "Delivery") -> bool:
+        """Whether both may be POSTed in one batch: of one claim, and neither needs an answer of its own."""
+        apart = any(found.probe or found.on_trial or found.single for found in (self, other))
+        return self.held.of is other.held.of and not apart
+
     def fields(self) -> dict[str, object]:
         """What every log line about the message says."""
         return {
@@ -127,6 +133,16 @@ class Delivery:
             "X-Message-Receive-Count": str(self.receives.count),
             "X-Message-Queue": queue,
             "X-Message-Age": str(int(message.age)),
+        }
+
+    def item(self) -> dict[str, JSON]:
+        """What a batch tells of the message."""
+        message = self.held.message
+        return {
+            "message_id": message.id,
+            "receive_count": self.receives.count,
+            "age": int(message.age),
+            "request": message.body,
         }
 
     def response(self, outcome: str, reason: str) -> dict[str, JSON]:
@@ -174,6 +190,8 @@ class Maker:
         self.url = url
         self.deadline_s = deadline_s
         self._pool, self._target, self._host = _reach(url)
+        path, mark, query = self._target.partition("?")
+        self._batch_target = f"{path.rstrip('/')}/batch{mark}{query}"
         self._lock = threading.Lock()
         self._running: dict[Connection, float] = {}
         threading.Thread(target=self._watch_deadlines, name="deadlines", daemon=True).start()
@@ -182,11 +200,21 @@ class Maker:
         """A connection for one thread; its first POST opens it, and it is kept open."""
         return Connection(self, self._pool._new_conn())  # noqa: SLF001 a connection of its own, set up by the pool
 
-    def head(self, headers: dict[str, str], target: str = "") -> bytes:
-        """What follows the method in a request's head. ValueError for a header that cannot be sent."""
-        lines = [f"{name}: {value}" for name, value in (_HEADERS | headers).items()]
-        head = f"{target or self._target} HTTP/1.1\r\nHost: {self._host}\r\n" + "\r\n".join(lines)
-        if not head.isascii() or len(head.splitlines()) != len(lines) + 2:
+    def request(self, content: JSON, headers: dict[str, str], *, batch: bool = False) -> bytes:
+        """The bytes of a POST. ValueError or RecursionError for what cannot be sent."""
+        body = _ENCODE(content).encode()
+        head = self._head("POST", self._batch_target if batch else self._target, headers)
+        return b"%b\r\nContent-Length: %d\r\n\r\n%b" % (head, len(body), body)
+
+    def health_request(self) -> bytes:
+        """The bytes that ask for /healthz."""
+        return self._head("GET", "/healthz", {}) + b"\r\n\r\n"
+
+    def _head(self, method: str, target: str, headers: dict[str, str]) -> bytes:
+        lines = [f"{method} {target} HTTP/1.1", f"Host: {self._host}"]
+        lines += [f"{name}: {value}" for name, value in (_HEADERS | headers).items()]
+        head = "\r\n".join(lines)
+        if not head.isascii() or len(head.splitlines()) != len(lines):
             raise ValueError("a header is not printable ASCII")
         return head.encode()
 
@@ -234,21 +262,49 @@ class Connection:
 
     def post(self, request: dict[str, JSON], headers: dict[str, str]) -> Answer:
         """POST the request and read the whole answer; never raises, never follows a redirect."""
+        found = self._post(request, headers)
+        if isinstance(found, Answer):
+            return found
+        return judge(found.status, found.headers, _json_object(found.body), request["widget_id"])
+
+    def post_batch(self, deliveries: Sequence[Delivery]) -> Answer | None:
+        """POST the requests in one batch and give each delivery its own answer; never raises.
+
+        Returns None, or the answer to the batch as a whole where it does not answer item by item.
+        """
+        found = self._post([delivery.item() for delivery in deliveries], {}, batch=True)
+        if isinstance(found, Answer):
+            return found
+        content = _json_object(found.body)
+        answers = content.get("answers")
+        if found.status != HTTPStatus.OK or not isinstance(answers, list):
+            return judge(found.status, found.headers, content, "")
+        by_id = {str(item.get("message_id")): item for item in answers if isinstance(item, dict)}
+        for delivery in deliveries:
+            item = by_id.get(delivery.id, {})
+            status, own = item.get("status"), item.get("body")
+            if isinstance(status, int) and isinstance(own, dict):
+                delivery.answer = judge(status, {}, own, delivery.widget_id or "")
+            else:
+                delivery.answer = Answer(None, Failure.FAILED, None, "the maker's answer to the batch leaves it out")
+        return None
+
+    def _post(self, content: JSON, headers: dict[str, str], *, batch: bool = False) -> "_Incoming | Answer":
+        """POST; an Answer where no whole answer came."""
+        most_bytes = MOST_ANSWER_BYTES * (len(content) if batch else 1)
         try:
-            head, body = self._maker.head(headers), _ENCODE(request).encode()
-            answer = self._exchange(b"POST %b\r\nContent-Length: %d\r\n\r\n%b" % (head, len(body), body))
+            return self._exchange(self._maker.request(content, headers, batch=batch), most_bytes=most_bytes)
         except _NO_ANSWER_ERRORS as error:
             self.close()
             return Answer(None, Failure.UNAVAILABLE, None, self._explain(error))
         except (ValueError, RecursionError) as error:
             self.close()
             return Answer(None, Failure.FAILED, None, f"the request cannot be sent: {error}"[:MOST_REASON])
-        return judge(answer.status, answer.headers, answer.body, request["widget_id"])
 
     def is_healthy(self) -> bool:
         """Ask /healthz once, and close the connection."""
         try:
-            answer = self._exchange(b"GET %b\r\n\r\n" % self._maker.head({}, "/healthz"), CONNECT_TIMEOUT_S)
+            answer = self._exchange(self._maker.health_request(), patience_s=CONNECT_TIMEOUT_S)
         except _NO_ANSWER_ERRORS:
             return False
         finally:
@@ -267,7 +323,9 @@ class Connection:
         """Close the connection; the next POST opens a new one."""
         self._transport.close()
 
-    def _exchange(self, request: bytes, patience_s: float = math.inf) -> "_Incoming":
+    def _exchange(
+        self, request: bytes, *, most_bytes: int = MOST_ANSWER_BYTES, patience_s: float = math.inf
+    ) -> "_Incoming":
         """Ask, and read the whole answer. patience_s: longest silence; the deadline ends all of it."""
         self._aborted = False
         with self._maker.deadline(self):
@@ -276,25 +334,26 @@ class Connection:
             sock.settimeout(self._patience_s)
             with suppress(BrokenPipeError):  # it may have answered without reading all
                 sock.sendall(request)
-            answer = self._read_answer(sock)
+            answer = self._read_answer(sock, most_bytes)
             self._check_deadline()  # the abort may look like the end of the answer
         if not answer.keeps_alive:
             self.close()
         return answer
 
-    def _read_answer(self, sock: socket.socket) -> "_Incoming":
+    def _read_answer(self, sock: socket.socket, most_bytes: int) -> "_Incoming":
         answer, received = _Incoming(), 0
         while not answer.is_whole:
             data = sock.recv(MOST_ANSWER_BYTES)
             received += len(data)
-            if received > 2 * MOST_ANSWER_BYTES or len(answer.body) > MOST_ANSWER_BYTES:
-                break
             if data:
                 answer.feed(data)
             elif answer.ends_with_connection:
                 break
             else:
                 raise ConnectionError("the answer ends in the middle" if received else "no answer")
+            if received > most_bytes:  # it is not our maker's
+                answer.body, answer.keeps_alive = b"", False
+                break
         if not answer.status:
             raise ConnectionError("the answer's head is too long")
         return answer
@@ -365,9 +424,11 @@ class _Incoming:
             self.keeps_alive = self.status >= HTTPStatus.OK and self._parser.should_keep_alive()
 
 
-def judge(status: int, headers: Mapping[str, str], body: bytes, widget_id: str) -> Answer:
-    """What this answer means for the request that asked for widget_id. headers: by lower-case name."""
-    content = _json_object(body)
+def judge(status: int, headers: Mapping[str, str], content: dict[str, Any], widget_id: str) -> Answer:
+    """What this answer means for the request that asked for widget_id.
+
+    headers: by lower-case name. content: its body as a JSON object, empty where it is none.
+    """
     reason = _own_reason(content)
     named = content.get("id")
     if status in (200, 201) and isinstance(named, str) and named.lower() == widget_id.lower():
@@ -410,7 +471,7 @@ def parse_retry_after(value: str | None, *, now: Callable[[], float] = time.time
 
 def _json_object(body: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(body) if len(body) <= MOST_ANSWER_BYTES else None
+        content = json.loads(body)
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

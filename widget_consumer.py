@@ -81,6 +81,7 @@ class Settings:
     grace: int
     claim_limit: int
     slots: int
+    post_batch: int
     max_receives: int
     poll_interval: float
     response_ttl: int | None
@@ -118,6 +119,7 @@ class Consumer:
         self._has_room = threading.Condition(self._lock)  # the claiming thread waits for it
         self._waiting: deque[Delivery] = deque()
         self._posting = 0
+        self._most_in_a_post = settings.post_batch
         self._stopping = False
         self._error: Exception | None = None
         self._failing: set[str] = set()
@@ -200,13 +202,17 @@ class Consumer:
                     self._has_room.wait(None if busy else min(self._breaker.next_probe_at, self._hopeless_at()) - now)
                 elif decide_at is not None and now >= decide_at:
                     self._act_on(self._breaker.undecided())
-                elif len(self._waiting) >= self._settings.slots:
+                elif self._has_enough():
                     self._has_room.wait(None if decide_at is None else decide_at - now)
                 elif self._is_clogged():
                     self._has_room.wait(CLAIM_PAUSE_S)
                 else:
                     return self._claim_batch
             return None
+
+    def _has_enough(self) -> bool:
+        """Whether enough messages wait to fill all slots once."""
+        return len(self._waiting) >= self._settings.slots * self._most_in_a_post
 
     def _is_clogged(self) -> bool:
         """Whether too many messages are held that nothing can be done with now."""
@@ -294,49 +300,79 @@ class Consumer:
     # POST
 
     def _work(self) -> None:
-        """One slot: POST one message after the other."""
+        """One slot: POST one message, or one batch of them, after the other."""
         connection = self._maker.connect()
-        while (delivery := self._next_delivery()) is not None:
-            if self._keeper.holds(delivery.held, self._maker.deadline_s + POST_SPARE_S):
-                if delivery.on_trial:
-                    self._charge(delivery)
-                started = time.monotonic()
-                guilty = self._post(delivery, connection)
-                self._conclude(delivery, guilty=guilty, seconds=time.monotonic() - started)
-            else:
-                self._drop(delivery)
+        while batch := self._next_batch():
+            ready = [delivery for delivery in batch if self._is_ready(delivery)]
+            if len(ready) > 1:
+                self._post_batch(ready, connection)
+            elif ready:
+                self._post(ready[0], connection)
         connection.close()
 
-    def _next_delivery(self) -> Delivery | None:
+    def _next_batch(self) -> list[Delivery]:
+        """Wait for one message, or some that go together; none once the consumer stops."""
         with self._lock:
             self._has_work.wait_for(lambda: self._waiting or self._stopping)
             if self._stopping:
-                return None
-            delivery = self._waiting.popleft()
-            self._posting += 1
-            if len(self._waiting) == self._settings.slots - 1:
+                return []
+            had_enough = self._has_enough()
+            batch = [self._waiting.popleft()]
+            while self._waiting and len(batch) < self._most_in_a_post and batch[0].joins(self._waiting[0]):
+                batch.append(self._waiting.popleft())
+            self._posting += len(batch)
+            if had_enough and not self._has_enough():
                 self._has_room.notify()
-            return delivery
+            return batch
 
-    def _post(self, delivery: Delivery, connection: Connection) -> bool:
-        """POST; True when it failed alone: without another message to try, the maker was well before and after."""
-        well_before = delivery.alone and self._maker.is_healthy()
-        headers = delivery.headers(self._settings.request_queue)
-        delivery.answer = connection.post(delivery.held.message.body, headers)
-        return well_before and delivery.failure is not None and self._maker.is_healthy()
-
-    def _charge(self, delivery: Delivery) -> None:
-        with self._lock, self._counts_written():
-            self._counts.charge([delivery.id])
-        delivery.on_trial = False
-
-    def _drop(self, delivery: Delivery) -> None:
-        """The claim could not be held for a POST: the message is another's, or goes back."""
+    def _is_ready(self, delivery: Delivery) -> bool:
+        """Whether its claim is surely held for a POST; if not, the message is another's, or goes back."""
+        if self._keeper.holds(delivery.held, self._maker.deadline_s + POST_SPARE_S):
+            if delivery.on_trial:
+                self._charge(delivery)
+            return True
         with self._lock:
             self._posting -= 1
             if not delivery.held.lost:
                 self._excuse([delivery])
             self._has_room.notify()
+        return False
+
+    def _post(self, delivery: Delivery, connection: Connection) -> None:
+        """POST. One that fails alone, with no other to try, is guilty if the maker is well before and after."""
+        started = time.monotonic()
+        well_before = delivery.alone and self._maker.is_healthy()
+        headers = delivery.headers(self._settings.request_queue)
+        delivery.answer = connection.post(delivery.held.message.body, headers)
+        guilty = well_before and delivery.failure is not None and self._maker.is_healthy()
+        self._conclude(delivery, guilty=guilty, seconds=time.monotonic() - started)
+
+    def _post_batch(self, batch: list[Delivery], connection: Connection) -> None:
+        """POST them together; what fails as a whole is POSTed again one by one, to see whose fault it is."""
+        started = time.monotonic()
+        whole = connection.post_batch(batch)
+        if whole is None:
+            for delivery in batch:
+                self._conclude(delivery, guilty=False, seconds=time.monotonic() - started)
+            return
+        with self._lock:
+            if whole.failure is Failure.MISCONFIGURED and self._most_in_a_post > 1:
+                self._most_in_a_post = 1
+                log.error("the maker takes no batches: posting one by one", url=self._maker.url, reason=whole.reason)
+            self._posting -= len(batch)
+            for delivery in batch:
+                delivery.single = True
+            if self._stopping or self._breaker.is_open:
+                self._excuse(batch)
+            else:
+                self._waiting.extendleft(reversed(batch))
+                self._has_work.notify(len(batch))
+            self._has_room.notify()
+
+    def _charge(self, delivery: Delivery) -> None:
+        with self._lock, self._counts_written():
+            self._counts.charge([delivery.id])
+        delivery.on_trial = False
 
     # Act on the answer
 
@@ -517,6 +553,12 @@ def serve_metrics(consumer: Consumer, port: int) -> None:
     help="Messages a claim asks for.  [default: the service's most]",
 )
 @option("--slots", type=WholeNumber(1, 256, "slots"), default=8, help="POSTs in flight at once.")
+@option(
+    "--post-batch",
+    type=WholeNumber(1, 20, "requests"),
+    default=1,
+    help="Requests of one claim that go into one POST, for makers that take batches.",
+)
 @option(
     "--deadline", type=Number(0.1, 43_190, "seconds"), default=20.0, help="Seconds for one POST, by the wall clock."
 )

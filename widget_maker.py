@@ -53,6 +53,7 @@ SELECT_PAGE = "SELECT id, created_at, number FROM widget WHERE number < ? ORDER 
 NEWEST = 2**63 - 1
 
 MOST_BODY_BYTES = 65_536
+MOST_BATCH_BYTES = 20 * MOST_BODY_BYTES
 MOST_PER_PAGE = 100
 RETRY_AFTER_S = 1
 LONGEST_STOP_S = 1
@@ -83,6 +84,18 @@ class Refused(HTTPException):
         self.error_code = error_code
 
 
+def error_body(code: str, message: str | None) -> dict[str, Any]:
+    """What the body of every error holds."""
+    return {"error": {"code": code, "message": message}}
+
+
+def _attempt(step: Callable[[Any], str], value: Any) -> str | Refused:
+    try:
+        return step(value)
+    except Refused as error:
+        return error
+
+
 class Widgets:
     """The widgets of one SQLite file, each a dict of `id` and `created_at` (ISO 8601, UTC); thread-safe.
 
@@ -97,13 +110,16 @@ class Widgets:
             for _ in range(2)
         )
 
-    def make(self, widget_id: str) -> tuple[dict[str, Any], bool]:
-        """The widget of that id, safe on disk, and whether it was made now."""
+    def make(self, widget_ids: Sequence[str]) -> list[tuple[dict[str, Any], bool]]:
+        """For each id its widget, safe on disk, and whether it was made now."""
         created_at = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        made = []
         with self._using(*self._writer) as connection, transaction(connection):
-            made = connection.execute(INSERT, (widget_id, created_at)).fetchall()
-            found = made or connection.execute(SELECT, (widget_id,)).fetchall()
-        return _widget(found[0]), bool(made)
+            for widget_id in widget_ids:
+                new = connection.execute(INSERT, (widget_id, created_at)).fetchall()
+                found = new or connection.execute(SELECT, (widget_id,)).fetchall()
+                made.append((_widget(found[0]), bool(new)))
+        return made
 
     def find(self, widget_id: str) -> dict[str, Any] | None:
         """The widget of that id, or None."""
@@ -188,6 +204,44 @@ class Numbers:
         self.faults = counter("faults", "Faults played on purpose.", ["fault"])
 
 
+class Making:
+    """From requests to widgets, with the faults that are played on the way."""
+
+    def __init__(self, widgets: Widgets, faults: Faults, numbers: Numbers) -> None:
+        self._widgets = widgets
+        self._faults = faults
+        self._numbers = numbers
+
+    def make(self, contents: Sequence[Any]) -> list[tuple[dict[str, Any], int] | Refused]:
+        """What becomes of each request: a widget and its HTTP status, or why not. All are safe on disk at once."""
+        found = [_attempt(parse_request, content) for content in contents]
+        self._play_latency([each for each in found if isinstance(each, str)])
+        found = [_attempt(self._play_failure, each) if isinstance(each, str) else each for each in found]
+        accepted = [each for each in found if isinstance(each, str)]
+        made = iter(self._widgets.make(accepted) if accepted else ())
+        return [each if isinstance(each, Refused) else self._answer(*next(made)) for each in found]
+
+    def play_outage(self) -> None:
+        if self._faults.is_outage():
+            self._numbers.faults.labels("outage").inc()
+            raise Refused(503, "outage", "an outage, as --outage asks")
+
+    def _play_latency(self, widget_ids: Sequence[str]) -> None:
+        if self._faults.latency_s and any(map(self._faults.strike, widget_ids)):
+            self._numbers.faults.labels("latency").inc()
+            self._faults.sleep(self._faults.latency_s)
+
+    def _play_failure(self, widget_id: str) -> str:
+        if self._faults.strike(widget_id) and self._faults.random() < self._faults.fail_rate:
+            self._numbers.faults.labels("failure").inc()
+            raise Refused(500, "failure", "a failure, as --fail-rate asks")
+        return widget_id
+
+    def _answer(self, widget: dict[str, Any], is_new: bool) -> tuple[dict[str, Any], int]:
+        self._numbers.posts.labels("created" if is_new else "repeated").inc()
+        return widget, 201 if is_new else 200
+
+
 def create_app(database: Path, faults: Faults = NO_FAULTS, allowed_hosts: Collection[str] = LOCAL_HOSTS) -> Flask:
     """The maker as a WSGI application. allowed_hosts: names in lower case, without port, to answer to.
 
@@ -199,7 +253,7 @@ def create_app(database: Path, faults: Faults = NO_FAULTS, allowed_hosts: Collec
     widgets, numbers = Widgets(database), Numbers()
     _guard(app, allowed_hosts)
     _answer_errors(app, numbers)
-    _add_post(app, widgets, faults, numbers)
+    _add_post(app, Making(widgets, faults, numbers), widgets, numbers)
     _add_views(app, widgets, numbers)
     return app
 
@@ -230,7 +284,7 @@ def _answer_errors(app: Flask, numbers: Numbers) -> None:
     def answer(error: HTTPException) -> Any:
         response = error.get_response()
         code = error.error_code if isinstance(error, Refused) else error.name.lower().replace(" ", "_")
-        response.data = json.dumps({"error": {"code": code, "message": error.description}})
+        response.data = json.dumps(error_body(code, error.description))
         response.content_type = "application/json"
         if response.status.startswith("4"):
             numbers.rejections.labels(code).inc()
@@ -244,35 +298,35 @@ def _answer_errors(app: Flask, numbers: Numbers) -> None:
         return answer(Refused(503, "store_unavailable", "the widgets cannot be used now: try again later"))
 
 
-def _add_post(app: Flask, widgets: Widgets, faults: Faults, numbers: Numbers) -> None:
-    def play_outage() -> None:
-        if faults.is_outage():
-            numbers.faults.labels("outage").inc()
-            raise Refused(503, "outage", "an outage, as --outage asks")
-
-    def play(widget_id: str) -> None:
-        if not faults.strike(widget_id):
-            return
-        if faults.latency_s:
-            numbers.faults.labels("latency").inc()
-            faults.sleep(faults.latency_s)
-        if faults.random() < faults.fail_rate:
-            numbers.faults.labels("failure").inc()
-            raise Refused(500, "failure", "a failure, as --fail-rate asks")
-
+def _add_post(app: Flask, making: Making, widgets: Widgets, numbers: Numbers) -> None:
     @app.post("/widgets")
-    def make() -> Any:
-        play_outage()
+    def make_one() -> Any:
+        making.play_outage()
         check_media_type()
-        widget_id = parse_request(request.get_data(cache=False))
-        play(widget_id)
-        widget, is_new = widgets.make(widget_id)
-        numbers.posts.labels("created" if is_new else "repeated").inc()
-        return widget, 201 if is_new else 200
+        (answer,) = making.make([parse_json(request.get_data(cache=False), MOST_BODY_BYTES)])
+        if isinstance(answer, Refused):
+            raise answer
+        return answer
+
+    @app.post("/widgets/batch")
+    def make_batch() -> Any:
+        making.play_outage()
+        check_media_type()
+        request.max_content_length = MOST_BATCH_BYTES + 1
+        batch = parse_batch(parse_json(request.get_data(cache=False), MOST_BATCH_BYTES))
+        answers = []
+        for message_id, answer in zip(batch, making.make(list(batch.values())), strict=True):
+            if isinstance(answer, Refused):
+                numbers.rejections.labels(answer.error_code).inc()
+                body, status = error_body(answer.error_code, answer.description), answer.code
+            else:
+                body, status = answer
+            answers.append({"message_id": message_id, "status": status, "body": body})
+        return {"answers": answers}
 
     @app.get("/healthz")
     def health() -> Any:
-        play_outage()
+        making.play_outage()
         widgets.check()
         return {"status": "ok"}
 
@@ -321,20 +375,38 @@ def check_media_type() -> None:
         raise Refused(415, "unsupported_media_type", "send the body without Content-Encoding")
 
 
-def parse_request(body: bytes) -> str:
-    """The widget id, in lower case, that the body of a request asks for; Refused says what is wrong with it."""
-    if len(body) > MOST_BODY_BYTES:
-        raise RequestEntityTooLarge(f"a request may have {MOST_BODY_BYTES:,} bytes")
+def parse_json(body: bytes, most_bytes: int) -> Any:
+    """The JSON value of a body; Refused or RequestEntityTooLarge says what is wrong with it."""
+    if len(body) > most_bytes:
+        raise RequestEntityTooLarge(f"a request may have {most_bytes:,} bytes")
     try:
         content = json.loads(body.decode(), object_pairs_hook=_object)
         json.dumps(content, ensure_ascii=False, allow_nan=False).encode()  # Python reads NaN and lone surrogates too
     except (ValueError, RecursionError) as error:
         raise Refused(400, "bad_json", f"the body is no JSON: {one_line(error)}") from error
+    return content
+
+
+def parse_request(content: Any) -> str:
+    """The widget id, in lower case, that a request asks for; Refused says what is wrong with it."""
     if not isinstance(content, dict):
         raise Refused(400, "bad_json", "the body is no JSON object")
     if "widget_id" not in content:
         raise Refused(422, "bad_widget_id", "widget_id is missing")
     return parse_widget_id(content["widget_id"])
+
+
+def parse_batch(content: Any) -> dict[str, Any]:
+    """The requests of a batch by message id; Refused says what is wrong with it."""
+    items = content if isinstance(content, list) else []
+    found = {item["message_id"]: item["request"] for item in items if _is_item(item)}
+    if not items or len(found) < len(items):
+        raise Refused(400, "bad_batch", "a batch is a JSON array of objects with request and an own message_id")
+    return found
+
+
+def _is_item(item: Any) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("message_id"), str) and "request" in item
 
 
 def parse_widget_id(value: object) -> str:

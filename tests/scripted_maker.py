@@ -46,6 +46,10 @@ class Request:
     def widget_id(self) -> Any:
         return self.json["widget_id"]
 
+    @property
+    def is_batch(self) -> bool:
+        return self.path.partition("?")[0].endswith("/batch")
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -101,8 +105,18 @@ class ScriptedMaker:
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
 
     def real(self, request: Request) -> Reply:
-        """What the real maker answers: 201 for a new id, 200 for a known one, 422 for what is no UUID version 1."""
-        widget_id = request.widget_id
+        """What the real maker answers: 201 for a new id, 200 for a known one, 422 for what is no UUID version 1.
+
+        A batch is answered item by item.
+        """
+        if not request.is_batch:
+            return self.make(request.widget_id)
+        answers = [(item["message_id"], self.make(item["request"]["widget_id"])) for item in request.json]
+        items = [{"message_id": id_, "status": reply.status, "body": reply.body} for id_, reply in answers]
+        return Reply(200, {"answers": items})
+
+    def make(self, widget_id: Any) -> Reply:
+        """What a request for this widget is answered."""
         if not isinstance(widget_id, str) or not UUID_V1.fullmatch(widget_id):
             error = {"code": "invalid_widget_id", "message": "widget_id must be a version 1 UUID"}
             return Reply(422, {"error": error})

@@ -120,6 +120,7 @@ SCRIPTS = {
             "--grace": GRACE,
             "--claim-limit": whole(1, 20),
             "--slots": whole(1, 256),
+            "--post-batch": whole(1, 20),
             "--deadline": DEADLINE,
             "--max-receives": whole(1, 1000),
             "--poll-interval": decimal(0.1, 20),

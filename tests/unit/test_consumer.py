@@ -45,6 +45,7 @@ SETTINGS = Settings(
     grace=60,
     claim_limit=20,
     slots=8,
+    post_batch=1,
     max_receives=3,
     poll_interval=0.05,
     response_ttl=86_400,
@@ -557,23 +558,24 @@ def test_a_message_that_hangs_delays_no_other(bench: Bench) -> None:
 
 
 def test_a_message_that_hangs_while_others_pass_is_a_dead_letter_after_max_receives(
-    bench: Bench, caplog: pytest.LogCaptureFixture
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(breaker, "UNDECIDED_S", 5.0)
     bench.post(A)
     good = iter(range(10, 1000))
 
     def answer(request: Request) -> Reply | Raw:
         if request.widget_id != A:
             return bench.maker.real(request)
-        threading.Timer(0.1, lambda: bench.post(widget_id(next(good)))).start()  # passes just after the deadline
+        threading.Timer(0.6, lambda: bench.post(widget_id(next(good)))).start()  # passes after the deadline
         return Raw(end="hang")
 
     bench.maker.answer = answer
-    with bench.consuming(max_receives=3, deadline=0.1):
+    with bench.consuming(max_receives=3, deadline=0.3):
         wait_until(lambda: bench.dead_letters)
 
     (letter,) = bench.dead_letters
-    assert (letter["body"], letter["reason"]) == ({"widget_id": A}, "no answer within 0.1 s")
+    assert (letter["body"], letter["reason"]) == ({"widget_id": A}, "no answer within 0.3 s")
     assert bench.outcomes().pop(A) == "failed"
     assert "unavailable" not in caplog.text
 
@@ -1139,3 +1141,123 @@ def test_options_that_cannot_work_together_are_refused(
 
 def test_a_deadline_that_just_fits_the_claim_ttl_is_taken(command_line: CommandLine) -> None:
     assert command_line.run("--drain", "--deadline", "50", "--claim-ttl", "60") == 0
+
+
+# Batches
+
+
+def batch_of(bench: Bench) -> list[int]:
+    """Sizes of the POSTs so far; 0 for one that is no batch."""
+    return [len(request.json) if request.is_batch else 0 for request in bench.maker.requests]
+
+
+def test_requests_of_one_claim_go_together_and_each_gets_its_own_outcome(bench: Bench) -> None:
+    bench.post(A, "no id", B)
+
+    bench.drain(post_batch=20, slots=1)
+
+    assert batch_of(bench) == [3]
+    assert bench.outcomes() == {A: "created", "no id": "rejected", B: "created"}
+    assert (bench.left.total, bench.dead_letters) == (0, [])
+
+
+def test_no_batch_is_larger_than_asked_for_or_holds_two_claims_messages(bench: Bench) -> None:
+    bench.post(*(widget_id(number) for number in range(50)))
+
+    bench.drain(post_batch=15, claim_limit=20, slots=1)
+
+    sizes = batch_of(bench)
+    assert sum(size or 1 for size in sizes) == 50
+    assert max(sizes) == 15
+    for request in bench.maker.requests:
+        if request.is_batch:
+            places = [bench_place(item["message_id"]) for item in request.json]
+            assert len({(place - 1) // 20 for place in places}) == 1
+    assert len(bench.maker.widgets) == 50
+
+
+def bench_place(message_id: str) -> int:
+    return int(message_id[-16:], 16)
+
+
+@pytest.mark.parametrize(
+    "failure", [Reply(500), Reply(503), Reply(413, OUR_ERROR), Raw(end="reset"), Reply(200, HTML)], ids=str
+)
+def test_a_batch_that_fails_as_a_whole_is_posted_one_by_one(bench: Bench, failure: Reply | Raw) -> None:
+    bench.post(A, B, C)
+    bench.maker.answer = lambda request: failure if request.is_batch else bench.maker.real(request)
+
+    bench.drain(post_batch=20, slots=1)
+
+    assert batch_of(bench) == [3, 0, 0, 0]
+    assert bench.outcomes() == dict.fromkeys([A, B, C], "created")
+    assert {response["receive_count"] for response in bench.responses} == {1}
+
+
+def test_one_bad_message_that_breaks_every_batch_stops_no_other(bench: Bench) -> None:
+    bench.post(A, B, C)
+
+    def answer(request: Request) -> Reply | Raw:
+        ids = [item["request"]["widget_id"] for item in request.json] if request.is_batch else [request.widget_id]
+        return Reply(500) if B in ids else bench.maker.real(request)
+
+    bench.maker.answer = answer
+    bench.drain(post_batch=20, slots=1, max_receives=3)
+
+    assert bench.outcomes() == {A: "created", B: "failed", C: "created"}
+    assert [(letter["body"]["widget_id"], letter["receive_count"]) for letter in bench.dead_letters] == [(B, 3)]
+
+
+def test_an_item_that_fails_comes_back_alone_and_counts_its_own_receives(bench: Bench) -> None:
+    bench.post(A, B)
+    lost = iter([B])
+
+    def answer(request: Request) -> Reply | Raw:
+        reply = bench.maker.real(request)
+        if request.is_batch and (gone := next(lost, None)):
+            reply.body["answers"] = [item for item in reply.body["answers"] if item["body"].get("id") != gone]
+        return reply
+
+    bench.maker.answer = answer
+    bench.drain(post_batch=20, slots=1)
+
+    assert {response["widget_id"]: response["receive_count"] for response in bench.responses} == {A: 1, B: 2}
+
+
+def test_a_maker_that_takes_no_batches_is_told_of_once_and_gets_them_one_by_one(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.post(*(widget_id(number) for number in range(45)))
+    bench.maker.answer = lambda request: Reply(404, HTML) if request.is_batch else bench.maker.real(request)
+
+    bench.drain(post_batch=20, slots=1)
+
+    assert [size for size in batch_of(bench) if size] == [20]
+    assert len(bench.maker.widgets) == 45
+    assert caplog.text.count("takes no batches") == 1
+
+
+def test_an_outage_of_batches_charges_nobody_and_opens_the_breaker(bench: Bench) -> None:
+    ids = bench.post(*(widget_id(number) for number in range(40)))
+    bench.maker.answer = lambda request: DOWN
+
+    with bench.consuming(post_batch=20) as running:
+        wait_until(lambda: running.consumer.status()["breaker_open"] == 1)
+        wait_until(lambda: bench.left.claimed <= 1)
+        assert bench.charged(ids) <= 1
+        bench.maker.answer = bench.maker.real
+        wait_until(lambda: len(bench.maker.widgets) == 40)
+        wait_until(lambda: bench.left.total == 0)
+
+    assert bench.dead_letters == []
+
+
+def test_what_waits_in_a_failed_batch_is_free_at_once_after_a_stop(bench: Bench) -> None:
+    bench.post(A, B, C)
+    bench.maker.answer = lambda request: Raw(end="hang")
+    with bench.consuming(post_batch=20, slots=1) as running:
+        wait_until(lambda: len(bench.maker.requests) == 1)
+        running.consumer.stop()
+        bench.maker.release()
+        wait_until(lambda: running.ended)
+    assert (bench.left.free, running.error) == (3, None)

@@ -26,10 +26,11 @@ import delivery as delivery_module
 from claim_queues import Claim, ConfigError, Message
 from claim_queues.breaker import Failure
 from claim_queues.keeper import Held, HeldClaim
-from delivery import MOST_REASON, Answer, Connection, Delivery, Maker, parse_retry_after
+from delivery import MOST_REASON, NO_ANSWER, Answer, Connection, Delivery, Maker, parse_retry_after
 from receive_counts import Receives
 
 WIDGET_ID = "31f37378-54f4-11e5-ad75-3c970e65f731"
+OTHER_WIDGET_ID = "41f37378-54f4-11e5-ad75-3c970e65f731"
 NAMED = {"id": WIDGET_ID, "created_at": "2026-01-02T03:04:05.678Z"}
 OWN_ERROR = {"error": {"code": "invalid_widget_id", "message": "no version 1 UUID"}}
 HTML = "<html><body>It works!</body></html>"
@@ -332,6 +333,102 @@ def test_no_answer_makes_a_post_raise(babbler: tuple[ScriptedMaker, Connection],
     maker, connection = babbler
     maker.answer = lambda _: Raw([start + rest])
     assert post(connection).outcome is None
+
+
+# Batches
+
+
+def post_two(connection: Connection) -> tuple[Answer | None, list[Answer]]:
+    both = [delivery("m1"), delivery("m2", {"widget_id": OTHER_WIDGET_ID})]
+    return connection.post_batch(both), [found.answer for found in both]
+
+
+def answered(*items: Any) -> Callable[[Request], Reply]:
+    return lambda _: Reply(200, {"answers": list(items)})
+
+
+def test_a_batch_is_one_post_that_tells_of_each_message(maker: ScriptedMaker, connection: Connection) -> None:
+    whole, answers = post_two(connection)
+    assert (whole, [answer.outcome for answer in answers]) == (None, [CREATED, CREATED])
+    (request,) = maker.requests
+    assert request.path == "/widgets/batch"
+    assert request.json == [
+        {"message_id": "m1", "receive_count": 3, "age": 61, "request": {"widget_id": WIDGET_ID}},
+        {"message_id": "m2", "receive_count": 3, "age": 61, "request": {"widget_id": OTHER_WIDGET_ID}},
+    ]
+
+
+def test_answers_to_a_batch_belong_to_messages_and_not_to_places(maker: ScriptedMaker, connection: Connection) -> None:
+    second = {"message_id": "m2", "status": 422, "body": OWN_ERROR}
+    maker.answer = answered({"message_id": "m3"}, second, {"message_id": "m1", "status": 201, "body": NAMED})
+    _, answers = post_two(connection)
+    assert [answer.outcome for answer in answers] == [CREATED, REJECTED]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        None,
+        1,
+        {},
+        {"message_id": 2},
+        {"message_id": []},
+        {"message_id": "m2"},
+        {"message_id": "m2", "status": 201},
+        {"message_id": "m2", "status": 201, "body": "x"},
+        {"message_id": "m2", "status": "201", "body": NAMED},
+    ],
+    ids=str,
+)
+def test_an_item_answer_that_is_missing_or_none_is_that_items_failure(
+    maker: ScriptedMaker, connection: Connection, bad: Any
+) -> None:
+    maker.answer = answered(bad, {"message_id": "m1", "status": 201, "body": NAMED})
+    whole, answers = post_two(connection)
+    assert whole is None
+    assert (answers[0].outcome, answers[1].failure) == (CREATED, FAILED)
+
+
+def test_an_item_answer_that_names_another_widget_is_not_our_makers(
+    maker: ScriptedMaker, connection: Connection
+) -> None:
+    maker.answer = answered(*({"message_id": id_, "status": 201, "body": NAMED} for id_ in ("m1", "m2")))
+    _, answers = post_two(connection)
+    assert [answer.outcome or answer.failure for answer in answers] == [CREATED, MISCONFIGURED]
+
+
+@pytest.mark.parametrize(
+    ("answer", "failure"),
+    [
+        (Reply(404, HTML), MISCONFIGURED),
+        (Reply(200, HTML), MISCONFIGURED),
+        (Reply(200, {"answers": {}}), MISCONFIGURED),
+        (Reply(500, OWN_ERROR), FAILED),
+        (Reply(503), UNAVAILABLE),
+        (Reply(413, OWN_ERROR), None),
+        (Raw(end="reset"), UNAVAILABLE),
+        (Reply(200, {"answers": [], "filling": "x" * 140_000}), MISCONFIGURED),
+    ],
+    ids=["404", "page", "no array", "500", "503", "413", "reset", "long"],
+)
+def test_a_batch_that_is_not_answered_item_by_item_has_one_answer(
+    maker: ScriptedMaker, connection: Connection, answer: Reply | Raw, failure: Failure | None
+) -> None:
+    maker.answer = lambda _: answer
+    whole, answers = post_two(connection)
+    assert whole is not None
+    assert whole.failure is failure
+    assert answers == [NO_ANSWER, NO_ANSWER]
+
+
+@pytest.mark.parametrize(
+    ("path", "target"), [("/w?a=1", "/w/batch?a=1"), ("/w/", "/w/batch"), ("/", "/batch"), ("", "/batch")]
+)
+def test_a_batch_goes_to_the_path_below_the_urls(maker: ScriptedMaker, path: str, target: str) -> None:
+    connection = Maker(maker.url.removesuffix("/widgets") + path, deadline_s=20).connect()
+    post_two(connection)
+    connection.close()
+    assert maker.requests[0].path == target
 
 
 # Deadline

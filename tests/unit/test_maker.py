@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from support import wait_until
 
 import claim_queues.store
-from widget_maker import SELECT_PAGE, Faults, Refused, Widgets, create_app, parse_request
+from widget_maker import SELECT_PAGE, Faults, Refused, Widgets, create_app, parse_json, parse_request
 
 ID = "31f37378-54f4-11e5-ad75-3c970e65f731"
 OTHER_ID = "31f37378-54f4-11e5-ad75-3c970e65f732"
@@ -257,7 +257,7 @@ def test_a_missing_widget_id_is_answered_422(client: FlaskClient) -> None:
 @given(st.binary() | st.recursive(st.none() | st.text() | st.floats(), st.lists).map(json.dumps).map(str.encode))
 def test_whatever_the_body_holds_it_is_refused_or_names_a_canonical_id(body: bytes) -> None:
     with suppress(Refused):
-        assert re.fullmatch("[0-9a-f-]{36}", parse_request(body))
+        assert re.fullmatch("[0-9a-f-]{36}", parse_request(parse_json(body, LIMIT_BYTES)))
 
 
 @given(
@@ -266,7 +266,78 @@ def test_whatever_the_body_holds_it_is_refused_or_names_a_canonical_id(body: byt
     )
 )
 def test_every_canonical_uuid_of_version_1_is_a_widget_id(widget_id: str) -> None:
-    assert parse_request(json.dumps({"widget_id": widget_id}).encode()) == widget_id.lower()
+    assert parse_request({"widget_id": widget_id}) == widget_id.lower()
+
+
+# Batches
+
+
+def item(message_id: object, widget_id: object = ID) -> dict[str, Any]:
+    return {"message_id": message_id, "receive_count": 1, "age": 0, "request": {"widget_id": widget_id}}
+
+
+def post_batch(client: FlaskClient, *items: Any) -> Any:
+    return client.post("/widgets/batch", json=list(items))
+
+
+def answers(response: Any) -> dict[str, tuple[int, Any]]:
+    assert response.status_code == 200
+    return {found["message_id"]: (found["status"], found["body"]) for found in response.json["answers"]}
+
+
+def test_a_batch_is_answered_item_by_item(client: FlaskClient) -> None:
+    made = post(client, OTHER_ID).json
+    found = answers(
+        post_batch(client, item("new", ID.upper()), item("known", OTHER_ID), item("bad", "no id"), item("again"))
+    )
+    assert {id_: status for id_, (status, _) in found.items()} == {"new": 201, "known": 200, "bad": 422, "again": 200}
+    assert found["new"][1] == found["again"][1] == client.get(f"/widgets/{ID}").json
+    assert found["known"][1] == made
+    assert found["bad"][1]["error"]["code"] == "bad_widget_id"
+    assert widget_ids(client) == [ID, OTHER_ID]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [],
+        {},
+        [1],
+        [item(7)],
+        [{"message_id": "m"}],
+        [{"request": {"widget_id": ID}}],
+        [item("twice"), item("twice", OTHER_ID)],
+    ],
+)
+def test_what_is_no_batch_is_answered_400_and_makes_nothing(client: FlaskClient, batch: Any) -> None:
+    response = client.post("/widgets/batch", json=batch)
+    assert (response.status_code, error_code(response)) == (400, "bad_batch")
+    assert widget_ids(client) == []
+
+
+@pytest.mark.parametrize("request_", [None, 3, [], {}, {"widget_id": None}])
+def test_an_item_that_is_no_request_spoils_only_itself(client: FlaskClient, request_: Any) -> None:
+    found = answers(post_batch(client, {"message_id": "bad", "request": request_}, item("good")))
+    assert (found["bad"][0] in {400, 422}, found["good"][0]) == (True, 201)
+
+
+def test_a_batch_may_have_twenty_requests_of_the_greatest_size(client: FlaskClient) -> None:
+    filled = [{**item(str(number), number_n(number)), "filling": "x" * 65_000} for number in range(20)]
+    assert len(answers(post_batch(client, *filled))) == 20
+    response = post_batch(client, *filled, {**item("more"), "filling": "x" * 20_000})
+    assert (response.status_code, error_code(response)) == (413, "request_entity_too_large")
+
+
+def test_faults_strike_the_items_of_a_batch_one_by_one(start: Callable[..., FlaskClient]) -> None:
+    waits: list[float] = []
+    faults = Faults(fail_rate=1.0, latency_s=2.0, ids=frozenset([ID]), sleep=waits.append)
+    found = answers(post_batch(start(faults), item("struck"), item("spared", OTHER_ID)))
+    assert (found["struck"][0], found["spared"][0], waits) == (500, 201, [2.0])
+
+
+def test_a_batch_during_an_outage_is_answered_503(start: Callable[..., FlaskClient]) -> None:
+    response = post_batch(start(Faults(outage=(0.0, 1e9), started=0.0)), item("m"))
+    assert (response.status_code, error_code(response)) == (503, "outage")
 
 
 # Pages
@@ -489,12 +560,12 @@ def test_widgets_can_be_read_while_another_is_waiting_to_be_made(database: Path)
     widgets = Widgets(database)
     with closing(apsw.Connection(str(database))) as other_process, ThreadPoolExecutor() as pool:
         other_process.execute("BEGIN IMMEDIATE")
-        making = pool.submit(widgets.make, ID)
+        making = pool.submit(widgets.make, [ID])
         wait_until(widgets._writer[1].locked)
         assert widgets.count() == 0
         assert not making.done()
         other_process.execute("ROLLBACK")
-        assert making.result()[1]
+        assert making.result()[0][1]
 
 
 def test_a_full_file_is_answered_503_until_there_is_room(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
