@@ -33,11 +33,13 @@ check: .venv/tests-installed  ## run the linters and the type checker
 mutants: .venv/tests-installed  ## plant each bug of tests/mutants.toml and see that a test catches it
 	@$(BIN)/python tests/mutants.py
 
-zaqar: .venvs/zaqar23/installed  ## run a local OpenStack Zaqar (in memory) until Ctrl-C
+zaqar: .venv/installed .venvs/zaqar23/installed  ## run a local OpenStack Zaqar (in memory) until Ctrl-C
+	@echo "# The server runs until Ctrl-C. In each of the other terminals:"
 	@echo "export WIDGET_CREATE=1 WIDGET_QUEUE_URL='zaqar://?endpoint=http://127.0.0.1:8888&project=widgets'"
 	@.venvs/zaqar23/bin/python tests/servers/zaqar_server.py 8888 mongodb >/dev/null || test $$? -eq 130
 
-sqs: .venvs/sqs/installed  ## run a local SQS server (in memory) until Ctrl-C
+sqs: .venv/installed .venvs/sqs/installed  ## run a local SQS server (in memory) until Ctrl-C
+	@echo "# The server runs until Ctrl-C. In each of the other terminals (SQS knows no --wait):"
 	@echo "export AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local"
 	@echo "export WIDGET_CREATE=1 WIDGET_QUEUE_URL='sqs://us-east-1?endpoint=http://127.0.0.1:9324'"
 	@.venvs/sqs/bin/python tests/servers/sqs_server.py 9324 >/dev/null || test $$? -eq 130

@@ -3,7 +3,7 @@
 answer of the maker                                     outcome   failure
 201 or 200, JSON naming the same widget id              created
 400, 413, 415, 422 with the maker's own JSON error      rejected
-any other 5xx; a request that cannot be sent                      FAILED
+any other 5xx but 501, 505; a request that cannot be sent         FAILED
 none, 408, 425, 429, 502, 503, 504                                UNAVAILABLE
 everything else: a redirect, a login, another server              MISCONFIGURED
 """
@@ -45,6 +45,8 @@ RESPONSE_IDS = uuid.UUID("8f3f2a0c-5d0f-5a52-9c0b-6f1f5f1d2c11")
 
 REJECTING = frozenset({400, 413, 415, 422})
 UNAVAILABLE = frozenset({408, 425, 429, 502, 503, 504})
+NO_POSTS_HERE = frozenset({501, 505})
+"""What a plain file server answers to a POST."""
 
 _HEADERS = {
     "Content-Type": "application/json",
@@ -435,7 +437,7 @@ def judge(status: int, headers: Mapping[str, str], content: dict[str, Any], widg
         return Answer("created", None, status)
     if status in REJECTING and reason is not None:
         return Answer("rejected", None, status, reason)
-    if 500 <= status < 600 or status in UNAVAILABLE:  # noqa: PLR2004
+    if (500 <= status < 600 or status in UNAVAILABLE) and status not in NO_POSTS_HERE:  # noqa: PLR2004
         failure = Failure.UNAVAILABLE if status in UNAVAILABLE else Failure.FAILED
         said = f"HTTP {status}" if reason is None else f"HTTP {status}: {reason}"
         return Answer(None, failure, status, said, parse_retry_after(headers.get("retry-after")))

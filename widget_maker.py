@@ -266,7 +266,7 @@ def _guard(app: Flask, allowed_hosts: Collection[str]) -> None:
         host = request.headers.get("Host", "").lower()
         name = HOST.fullmatch(host)
         if not name or name[1] not in allowed_hosts:
-            raise Refused(400, "host_not_allowed", f"Host {one_line(host, 80)!r} is no name of this maker")
+            raise Refused(421, "host_not_allowed", f"Host {one_line(host, 80)!r} is no name of this maker")
         if request.method not in ("GET", "HEAD"):
             origin = request.headers.get("Origin")
             is_foreign = origin is not None and origin.lower().partition("://")[2] != host
@@ -513,7 +513,9 @@ class OutageType(click.ParamType[tuple[float, float]]):
     name = "outage"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
-        start, _, seconds = value.partition(":")
+        start, colon, seconds = value.partition(":")
+        if not colon:
+            self.fail(f"{value!r} is not START:SECONDS, such as 10:30.", param, ctx)
         number = Number(0, 1_000_000, "seconds")
         return number.convert(start, param, ctx), number.convert(seconds, param, ctx)
 

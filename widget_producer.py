@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any, BinaryIO
 
 import click
+from click.core import ParameterSource
 from tqdm import tqdm
 
 from claim_queues import JSON, ConfigError, Message, PostIncomplete, Queues, QueuesError, QueueUnavailable, open_queues
@@ -101,12 +102,16 @@ def random_ids(count: int) -> Iterator[str]:
 def read_ids(lines: BinaryIO) -> Iterator[str]:
     """The ids in the file, one a line, blank lines left out. Raises ConfigError for what is no UTF-8 text."""
     most = MOST_BODY_BYTES + 1  # already too long for a request: a file without line ends must not fill the memory
+    found = False
     try:
         for number, line in enumerate(iter(lambda: lines.readline(most), b""), 1):
             if line.strip():
+                found = True
                 yield _text(line, number)
     except OSError as error:
         raise ConfigError(f"--ids-file: {error.strerror}") from error
+    if not found:
+        click.echo("the file holds no id: nothing submitted", err=True)
 
 
 def _text(line: bytes, number: int) -> str:
@@ -230,6 +235,8 @@ def cli(ctx: click.Context, /, **given: Any) -> int:
     Exit codes: 0 all stored (with --wait: all created), 1 failed (with --wait: not all created), 2 usage,
     3 the wait timed out, 4 credentials, 5 a local file cannot be used, 6 partly stored.
     """
+    if not given["wait"] and ctx.get_parameter_source("timeout") is not ParameterSource.DEFAULT:
+        raise ConfigError("--timeout: there is nothing to wait for without --wait")
     ids, total = _ids(given["widget_ids"], given["count"], given["ids_file"])
     request_queue, response_queue = given["request_queue"], given["response_queue"]
     distinct(request_queue, response_queue)

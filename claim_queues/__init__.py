@@ -68,7 +68,10 @@ def open_queues(url: str | None = None) -> Queues:
 
         return CloudQueues.from_url(url)
     if scheme == "zaqar":
-        from .zaqar import ZaqarQueues
+        try:
+            from .zaqar import ZaqarQueues
+        except ImportError as error:
+            raise ConfigError(f"zaqar:// needs openstacksdk ({error}): see Setup in README.md") from error
 
         return ZaqarQueues.from_url(url)
     if scheme == "sqs":

@@ -139,6 +139,8 @@ def redrive(ctx: click.Context, /, queue_url: str | None, limit: int | None, *, 
             for letter in islice(filter(_is_letter, _browse_all(queues, dead_letter_queue, claimed=False)), limit):
                 click.echo(f"{one_line(letter.body['request_id'])} -")
             return 0
+        if not queues.stats(dead_letter_queue).free:
+            click.echo(f"{dead_letter_queue}: no dead letters to bring back", err=True)
         strange = _redrive(queues, request_queue, dead_letter_queue, limit=limit, ttl=ttl)
     if strange:
         click.echo(f"error: {strange:,} messages are no dead letters of the consumer: left as they are", err=True)

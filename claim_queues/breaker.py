@@ -16,7 +16,7 @@ MOST_FAILURES = 10
 """So many different messages that fail in a row open the breaker."""
 UNDECIDED_S = 1.0
 """How long a failure waits for another message to pass, or the breaker opens."""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 10.0
 """Between probes: doubled each time, with full jitter."""
 CHANCE_CROWDS = 2
 """So often a message may fail together with others by chance; when more often, it is what makes the others fail."""
@@ -156,6 +156,8 @@ class Breaker(Generic[C]):
         if not self.is_open:
             self.opened_at = now
             blamed = self._notorious(self._suspects)
+        if latest.failure is not self.open_for:  # it answers otherwise than before: it may soon be back
+            self._failed_probes = 0
         self.open_for = latest.failure
         if latest.failure is not Failure.MISCONFIGURED:
             self.misconfigured_since = None

@@ -14,7 +14,7 @@ from pathlib import Path
 import apsw
 import platformdirs
 
-from .errors import QueueUnavailable, StoreError
+from .errors import ConfigError, QueueUnavailable, StoreError
 
 APPLICATION = "itchy-octo-chainsaw"
 BUSY_TIMEOUT_S = 5.0
@@ -24,7 +24,10 @@ SYNCHRONOUS_FULL = 2
 
 def state_path(name: str) -> Path:
     """Where the file of that name lies for this user, whatever the working directory; makes the directory."""
-    directory = platformdirs.user_state_path(APPLICATION, appauthor=False)
+    try:
+        directory = platformdirs.user_state_path(APPLICATION, appauthor=False)
+    except RuntimeError as error:  # a user without an entry in the password file
+        raise ConfigError(f"this user has no home directory: set HOME, or name {name} by its option") from error
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

@@ -4,6 +4,7 @@ All files lie in a temporary directory and the maker takes a free port, so nothi
 """
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import requests
 
 HERE = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("WIDGET_")}
 KNOWN_ID = "31f37378-54f4-11e5-ad75-3c970e65f731"
 INVALID_ID = "this_is_not_a_valid_widget_id"
 RANDOM_REQUESTS = 20
@@ -28,7 +30,7 @@ PATIENCE_S = 15.0
 def running(directory: Path, script: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run a script until the block ends; its log goes to the directory."""
     with (directory / f"{script}.log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, HERE / script, *options], stdout=log, stderr=log)
+        process = subprocess.Popen([sys.executable, HERE / script, *options], stdout=log, stderr=log, env=ENVIRONMENT)
         try:
             yield process
         finally:
@@ -64,6 +66,7 @@ def submit(directory: Path, queue_url: str) -> list[dict[str, object]]:
     producer = subprocess.run(
         [sys.executable, HERE / "widget_producer.py", "--queue-url", queue_url, *options],
         stdout=subprocess.PIPE,
+        env=ENVIRONMENT,
         check=False,
     )
     return [json.loads(line) for line in producer.stdout.splitlines()]

@@ -5,6 +5,7 @@ and a delete can drop a message that is being posted.
 """
 
 import functools
+import logging
 import sys
 import threading
 import time
@@ -47,4 +48,5 @@ for name in (
     setattr(SQSBackend, name, one_at_a_time(getattr(SQSBackend, name)))
 SQSBackend.receive_message = receive_message
 
+logging.getLogger("werkzeug").setLevel(logging.ERROR)
 main(["-H", "127.0.0.1", "-p", sys.argv[1]])

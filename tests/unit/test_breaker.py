@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from claim_queues.breaker import MOST_FAILURES, UNDECIDED_S, Breaker, Failure, Verdict, backoff
+from claim_queues.breaker import (
+    FIRST_PAUSE_S,
+    LONGEST_PAUSE_S,
+    MOST_FAILURES,
+    UNDECIDED_S,
+    Breaker,
+    Failure,
+    Verdict,
+    backoff,
+)
 
 FAILED, UNAVAILABLE, MISCONFIGURED = Failure
 
@@ -291,13 +300,13 @@ def test_opened_at_stays_through_failed_probes(breaker: Breaker[Case], clock: Cl
 # Pauses
 
 
-def test_pauses_between_probes_double_up_to_a_minute(breaker: Breaker[Case], clock: Clock) -> None:
+def test_pauses_between_probes_double_up_to_ten_seconds(breaker: Breaker[Case], clock: Clock) -> None:
     open_breaker(breaker)
     pauses = [breaker.next_probe_at - clock.now]
     for place in range(7):
         breaker.failed(Case(f"p{place}"), probe=True)
         pauses.append(breaker.next_probe_at - clock.now)
-    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert pauses == [1, 2, 4, 8, 10, 10, 10, 10]
 
 
 def test_pauses_start_over_once_the_target_is_back(breaker: Breaker[Case], clock: Clock) -> None:
@@ -446,3 +455,12 @@ def test_a_target_that_is_never_ours_blames_nothing(misconfigured: list[str], wa
         history.deliver(message, MISCONFIGURED)
         history.wait(wait)
     assert not history.blamed
+
+
+def test_a_target_that_answers_again_is_tried_again_soon(breaker: Breaker[Case], clock: Clock) -> None:
+    fail_many(breaker, UNAVAILABLE)
+    for _ in range(10):
+        breaker.failed(Case("m", UNAVAILABLE), probe=True)
+    assert breaker.next_probe_at - clock.now == LONGEST_PAUSE_S
+    breaker.failed(Case("m", FAILED), probe=True)
+    assert breaker.next_probe_at - clock.now == FIRST_PAUSE_S

@@ -97,7 +97,7 @@ def outcomes() -> Iterator[tuple[int, Any, str | Failure]]:
         yield status, NAMED, MISCONFIGURED
     for status in (408, 425, 429, 502, 503, 504):
         yield from ((status, body, UNAVAILABLE) for body in (OWN_ERROR, HTML, NAMED))
-    for status in (500, 501, 505, 507, 511, 599):
+    for status in (500, 507, 511, 599):
         yield from ((status, body, FAILED) for body in (OWN_ERROR, HTML, NAMED))
     for status in (202, 203, 204, 205, 206, 226, 299):
         yield from ((status, body, MISCONFIGURED) for body in (OWN_ERROR, HTML, NAMED))
@@ -105,7 +105,7 @@ def outcomes() -> Iterator[tuple[int, Any, str | Failure]]:
         yield from ((status, body, MISCONFIGURED) for body in (OWN_ERROR, HTML, NAMED))
     for status in (401, 402, 403, 404, 405, 406, 407, 409, 410, 411, 412, 414, 416, 418, 421, 423, 428, 431, 451, 499):
         yield from ((status, body, MISCONFIGURED) for body in (OWN_ERROR, HTML, NAMED))
-    for status in (600, 999):
+    for status in (501, 505, 600, 999):
         yield from ((status, body, MISCONFIGURED) for body in (OWN_ERROR, HTML, NAMED))
     yield 200, HTML, MISCONFIGURED
     yield 201, OWN_ERROR, MISCONFIGURED

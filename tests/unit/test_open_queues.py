@@ -1,5 +1,6 @@
 """Which service a queue URL opens."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,11 @@ def test_a_state_directory_that_cannot_be_made_is_a_store_error(tmp_path: Path) 
     (tmp_path / "state").write_text("a file is in the way")
     with pytest.raises(StoreError, match="the directory cannot be made"):
         open_queues()
+
+
+def test_zaqar_without_openstacksdk_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "claim_queues.zaqar", raising=False)
+    monkeypatch.setitem(sys.modules, "openstack", None)
+    monkeypatch.setitem(sys.modules, "openstack.connection", None)
+    with pytest.raises(ConfigError, match=r"zaqar:// needs openstacksdk .*Setup in README"):
+        open_queues("zaqar://cloud")

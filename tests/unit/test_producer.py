@@ -38,6 +38,9 @@ def queues(tmp_path: Path) -> Iterator[SqliteQueues]:
         yield found
 
 
+NOTHING = "the file holds no id: nothing submitted\n"
+
+
 def produce(*options: object, stdin: bytes = b"") -> Ended:
     return call(widget_producer.main, *options, stdin=stdin)
 
@@ -141,8 +144,8 @@ def test_ids_come_from_a_file(queues: SqliteQueues, tmp_path: Path) -> None:
 
 
 def test_an_empty_file_posts_nothing_and_is_no_error(queues: SqliteQueues) -> None:
-    assert produce("--ids-file", "-") == Ended(0, "", "")
-    assert produce("--ids-file", "-", "--wait", stdin=b"\n\n") == Ended(0, "", "")
+    assert produce("--ids-file", "-") == Ended(0, "", NOTHING)
+    assert produce("--ids-file", "-", "--wait", stdin=b"\n\n") == Ended(0, "", NOTHING)
     assert posted(queues) == []
 
 
@@ -436,7 +439,7 @@ def test_a_pipe_that_is_closed_early_loses_no_id_and_prints_no_traceback(queues:
 def test_a_closed_stdin_is_an_empty_one(queues: SqliteQueues, tmp_path: Path) -> None:
     shell = f'"{sys.executable}" "{HERE}/widget_producer.py" --ids-file - <&-'
     ended = subprocess.run(["/bin/sh", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", NOTHING)
 
 
 def test_ctrl_c_while_waiting_is_one_line_and_130(queues: SqliteQueues, tmp_path: Path) -> None:
@@ -518,3 +521,9 @@ def read_all(terminal: int) -> str:
         pass
     os.close(terminal)
     return found.decode()
+
+
+def test_a_timeout_without_wait_is_refused(queues: SqliteQueues) -> None:
+    ended = produce("--timeout", 5)
+    assert (ended.code, "--timeout" in ended.err) == (2, True)
+    assert posted(queues) == []

@@ -13,7 +13,7 @@ import apsw
 import pytest
 from support import HERE
 
-from claim_queues import QueueUnavailable, StoreError, store
+from claim_queues import ConfigError, QueueUnavailable, StoreError, store
 
 APPLICATION_ID = 77
 SCHEMA = "CREATE TABLE things (name TEXT) STRICT;"
@@ -367,6 +367,14 @@ def test_every_error_of_sqlite_names_the_file_and_keeps_its_cause(path, error, m
         raise error
 
     assert caught.value.__cause__ is error
+
+
+def test_a_user_without_a_home_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a user without an entry
+    with pytest.raises(ConfigError, match="set HOME"):
+        store.state_path("queues.sqlite3")
 
 
 def test_the_state_file_is_the_same_from_every_directory(tmp_path, monkeypatch):
