@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check --no-deps
 TESTS := $(BIN)/python -m pytest
 
-.PHONY: help setup demo run test test-quick check mutants zaqar sqs servers readme lock clean
+.PHONY: help setup demo run test test-quick check mutants bench zaqar sqs servers readme lock clean
 
 help:  ## print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile
@@ -32,6 +32,10 @@ check: .venv/tests-installed  ## run the linters and the type checker
 
 mutants: .venv/tests-installed  ## plant each bug of tests/mutants.toml and see that a test catches it
 	@$(BIN)/python tests/mutants.py
+
+bench: .venv/installed  ## measure it against its peers; parts: TABLE=pinned ONLY='ours*,taskiq' ROUNDS=1 COUNT=1000
+	@PYTHONPATH=. $(BIN)/python -m bench $(foreach option,TABLE ONLY ROUNDS COUNT,$(if $($(option)),\
+		--$(shell echo $(option) | tr A-Z a-z) '$($(option))'))
 
 zaqar: .venv/installed .venvs/zaqar23/installed  ## run a local OpenStack Zaqar (in memory) until Ctrl-C
 	@echo "# The server runs until Ctrl-C. In each of the other terminals:"
