@@ -89,6 +89,7 @@ class SqliteQueues(Queues):
         # One connection: threads queue here, only processes meet in SQLite.
         self._lock = threading.Condition(threading.Lock())
         self._waits = 0
+        self._watches: list[Any] = []
         self._numbers: dict[str, int] = {}
         self._connection = open_store(path, application_id=APPLICATION_ID, version=SCHEMA_VERSION, schema=SCHEMA)
         with store_errors(path):
@@ -220,6 +221,8 @@ class SqliteQueues(Queues):
             self._lock.wait_for(lambda: not self._waits)
             self._connection.close()
             self._stop_reader.close()
+            for watch in self._watches:
+                watch.close()
 
     def inspect(self, queue: str) -> list[str]:
         """Read the whole file and compare it with itself; raise StoreError where it is damaged."""
@@ -379,13 +382,24 @@ class SqliteQueues(Queues):
         with ExitStack() as stack:
             self._count_wait(+1)
             stack.callback(self._count_wait, -1)
-            watch = None
-            with suppress(OSError):  # the user's inotify instances or watches are used up
-                if INotify is not None:
-                    inotify = stack.enter_context(INotify(nonblocking=True))
-                    inotify.add_watch(self._path, flags.ATTRIB)
-                    watch = inotify
+            watch = self._take_watch()
+            if watch is not None:
+                stack.callback(self._watches.append, watch)
             yield lambda queue: self._sleep(queue, deadline, watch)
+
+    def _take_watch(self) -> Any:
+        """A watch on the file, None where the system has none; kept for the next wait, as closing one takes long."""
+        if self._watches:
+            watch = self._watches.pop()
+            watch.read(timeout=0)
+            return watch
+        with suppress(OSError), ExitStack() as stack:  # the user's inotify instances or watches are used up
+            if INotify is not None:
+                watch = stack.enter_context(INotify(nonblocking=True))
+                watch.add_watch(self._path, flags.ATTRIB)
+                stack.pop_all()
+                return watch
+        return None
 
     def _count_wait(self, change: int) -> None:
         with self._lock:

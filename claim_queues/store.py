@@ -18,6 +18,8 @@ from .errors import ConfigError, QueueUnavailable, StoreError
 
 APPLICATION = "itchy-octo-chainsaw"
 BUSY_TIMEOUT_S = 5.0
+BUSY_PAUSE_S = 0.0005
+"""SQLite's own pauses grow to 100 ms, many times what a transaction takes."""
 FIRST_SOUND_SQLITE = 3_051_003
 SYNCHRONOUS_FULL = 2
 
@@ -48,7 +50,7 @@ def open_store(path: Path, *, application_id: int, version: int, schema: str) ->
     with store_errors(path):
         connection = apsw.Connection(str(path.absolute()), flags=apsw.SQLITE_OPEN_READWRITE)
         try:
-            connection.set_busy_timeout(int(BUSY_TIMEOUT_S * 1000))
+            connection.set_busy_handler(_wait_for_lock)
             _refuse_foreign(connection, path, application_id, version)
             _make_durable(connection, path)
             _migrate(connection, application_id, version, schema)
@@ -59,6 +61,11 @@ def open_store(path: Path, *, application_id: int, version: int, schema: str) ->
             connection.close()
             raise
     return connection
+
+
+def _wait_for_lock(attempt: int) -> bool:
+    time.sleep(BUSY_PAUSE_S)
+    return attempt < BUSY_TIMEOUT_S / BUSY_PAUSE_S
 
 
 @contextmanager
