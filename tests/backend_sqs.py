@@ -21,6 +21,11 @@ from claim_queues.sqs import SqsQueues
 REGION = "eu-west-1"
 
 
+class LocalQueues(SqsQueues):
+    ready_after_s = 0.0
+    """A new queue of moto's is there at once."""
+
+
 class SqsService:
     """Queues at moto's server; what is made there stays for the other tests of the process."""
 
@@ -30,8 +35,7 @@ class SqsService:
         self.queues = self.another()
 
     def another(self) -> Queues:
-        # A new queue of moto's is there at once.
-        return self._closing.enter_context(SqsQueues(REGION, endpoint=self._endpoint, ready_after=0))
+        return self._closing.enter_context(LocalQueues(REGION, endpoint=self._endpoint))
 
     def advance(self, seconds: float) -> None:
         threading.Event().wait(seconds)
