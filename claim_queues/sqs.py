@@ -9,7 +9,6 @@ quotations without a source are from the SQS API reference and developer guide (
 
 import hashlib
 import math
-import os
 import random
 import re
 import threading
@@ -17,13 +16,9 @@ import time
 import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qsl, urlencode
-
-import boto3.session
-import botocore.session
-from botocore.config import Config
 
 from .base import JSON, Claim, Limits, Message, Page, Queues, Range, Settled, Settlement, Stats, decode
 from .errors import (
@@ -37,7 +32,7 @@ from .errors import (
     QueuesError,
     QueueUnavailable,
 )
-from .sqs_errors import HOW_TO_LOG_IN, SDK_ERRORS, AnswerLost, entry_problem, problem, understanding
+from .sqs_client import SDK_ERRORS, WRITE, AnswerLost, connect, entry_problem, problem, understanding
 
 LONGEST_RETENTION_S, USUAL_RETENTION_S = 1_209_600, 345_600
 LONGEST_HOLD_S = 43_200
@@ -65,13 +60,9 @@ LIMITS = Limits(
     stats_settle=60,
 )
 
-READ_TIMEOUT_S = 30
 POLL_S = 2
 """Longest single long poll (SQS takes 20 s), so that stop_waiting() ends a wait within so long and a round trip."""
 RETRY_PAUSE_S = (0.05, 0.5)
-ENDPOINT = r"(?ai)(https://[a-z0-9.-]+|http://(localhost|127(\.\d{1,3}){3}|\[::1\]))(:\d{1,5})?(/[\w./-]*)?"
-"""Without a password, and over plain HTTP only to loopback."""
-WRITE = "write sqs://REGION, with ?endpoint=URL for a local server and profile=NAME for one of your AWS profiles"
 
 Entry = dict[str, Any]
 """What a batch asks for one message, or what SQS answers to that."""
@@ -116,11 +107,9 @@ class SqsQueues(Queues):
     """A new queue can be used after so long (CreateQueue)."""
 
     def __init__(self, region: str, *, endpoint: str | None = None, profile: str | None = None) -> None:
-        if endpoint is not None:
-            _check_endpoint(endpoint)
         given = {name: value for name, value in (("endpoint", endpoint), ("profile", profile)) if value}
         self.address = f"sqs://{region}" + (f"?{urlencode(given, safe=':/[]')}" if given else "")
-        self._region, self._endpoint, self._profile = region, endpoint, profile
+        self._connect = partial(connect, self.address, region, endpoint, profile)
         self._stopped = threading.Event()
         self._url = cache(self._look_up)
         self._retention = cache(lambda queue: self._numbers(queue, "MessageRetentionPeriod")[0])
@@ -195,9 +184,14 @@ class SqsQueues(Queues):
 
     def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
         """When it is repeated after an error, what was posted or deleted before stays so and is not asked for again."""
-        held, wanted = self._open(claim, [each.message for each in settlements])
-        failed = self._store(held, settlements)
-        handles = {m.id: {"ReceiptHandle": m.handle} for m in wanted if m.id not in failed and held.holds(m)}
+        for post in [post for each in settlements for post in each.posts]:
+            self._check_post(post.queue, post.ttl)
+        held, _ = self._open(claim, ())
+        # Looked up before the posts: a renewal that ends meanwhile must not let delete what was not posted for.
+        ours = [each for each in settlements if held.holds(each.message)]
+        failed = self._store(held, ours)
+        stored = [each.message for each in ours if each.message.id not in failed and held.holds(each.message)]
+        handles = {message.id: {"ReceiptHandle": message.handle} for message in stored}
         deleted, undeleted = self._batch("delete_message_batch", held.queue, handles, ClaimLost)
         held.deleted.update(deleted)
         _raise_other(failed | undeleted, MessageRefused, ClaimLost)
@@ -233,7 +227,8 @@ class SqsQueues(Queues):
         return Stats(free, claimed, delayed, None)
 
     def inspect(self, queue: str) -> list[str]:
-        policy = self._ask("get_queue_attributes", queue, AttributeNames=["RedrivePolicy"]).get("Attributes")
+        found = self._ask("get_queue_attributes", queue, AttributeNames=["RedrivePolicy"])
+        policy = found.get("Attributes", {}).get("RedrivePolicy")
         names = ("MessageRetentionPeriod", "DelaySeconds", "MaximumMessageSize")
         retention, delay, largest = self._numbers(queue, *names)
         warnings = {
@@ -284,18 +279,15 @@ class SqsQueues(Queues):
         return set(hidden)
 
     def _store(self, held: SqsClaim, settlements: Iterable[Settlement]) -> dict[str, QueuesError]:
-        """Post what became of the messages that are still ours and is not posted yet; gives errors by message id."""
+        """Post what is not posted yet; gives the errors by message id."""
         failed: dict[str, QueuesError] = {}
         outcomes: list[Outcome] = []
-        for message, posts in ((each.message, each.posts) for each in settlements):
-            for post in posts:
-                self._check_post(post.queue, post.ttl)
+        for each in settlements:
+            posts = [(place, post.queue, post.body) for place, post in enumerate(each.posts)]
             try:
-                texts = [self.limits.encode(post.body) for post in posts] if held.holds(message) else []
+                outcomes += [Outcome(each.message.id, n, name, self.limits.encode(body)) for n, name, body in posts]
             except MessageRefused as error:
-                failed[message.id] = error
-            else:
-                outcomes += [Outcome(message.id, n, posts[n].queue, text) for n, text in enumerate(texts)]
+                failed[each.message.id] = error
         for queue in dict.fromkeys(outcome.queue for outcome in outcomes):
             wanted = [outcome for outcome in outcomes if outcome.queue == queue and outcome not in held.posted]
             entries = {str(number): {"MessageBody": outcome.text} for number, outcome in enumerate(wanted)}
@@ -340,7 +332,7 @@ class SqsQueues(Queues):
         done = {entry["Id"]: entry for entry in answer.get("Successful", ())}
         failed: dict[str, QueuesError] = dict.fromkeys(batch, AnswerLost(f"{what}: SQS said nothing of some entries"))
         failed |= {e["Id"]: entry_problem(e, operation, what, refusal) for e in answer.get("Failed", ())}
-        left = {id_: batch[id_] for id_ in batch.keys() - done if type(failed[id_]) is QueueUnavailable}
+        left = {id_: entry for id_, entry in batch.items() if type(failed[id_]) is QueueUnavailable}
         if left and again:
             self._pause()
             answers, errors = self._request(operation, queue, left, refusal, again=False)
@@ -384,49 +376,19 @@ class SqsQueues(Queues):
     def _pause(self) -> None:
         self._stopped.wait(random.uniform(*RETRY_PAUSE_S))  # noqa: S311 - it only spreads retries
 
-    def _connect(self) -> Any:
-        try:
-            core = botocore.session.Session(profile=self._profile)
-            if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() != "false":
-                # Away from EC2 nothing answers there, and it is slow to notice.
-                core.get_component("credential_provider").remove("iam-role")
-            if core.get_credentials() is None:
-                raise CredentialsError(f"{self.address}: no AWS credentials: {HOW_TO_LOG_IN}")
-            config = Config(
-                connect_timeout=5,
-                read_timeout=READ_TIMEOUT_S,
-                max_pool_connections=32,  # kept open, one for each thread that asks at the same time
-                retries={"mode": "standard", "total_max_attempts": 1},  # _call asks again: it knows of lost answers
-                # What goes over plain HTTP goes to loopback, not to a proxy.
-                proxies={} if (self._endpoint or "").startswith("http:") else None,
-            )
-            session = boto3.session.Session(region_name=self._region, botocore_session=core)
-            client = session.client("sqs", endpoint_url=self._endpoint, config=config)
-        except SDK_ERRORS as error:
-            raise problem(error, f"connect to {self.address}") from error
-        except ValueError as error:
-            raise ConfigError(f"{self.address}: the endpoint of your AWS settings is no URL") from error
-        _check_endpoint(client.meta.endpoint_url)  # the user's AWS settings can name one too
-        return client
-
     def _check_post(self, queue: str, ttl: int | None) -> None:
         self.limits.check_queue(queue)
         if ttl is not None:
             raise ConfigError("Amazon SQS has one message TTL for the whole queue: post without one")
 
 
-def _check_endpoint(url: str) -> None:
-    if not re.fullmatch(ENDPOINT, url):
-        raise ConfigError(f"an endpoint of Amazon SQS is https://..., or http:// to this machine: {WRITE}")
-
-
 def _split(entries: Mapping[str, Entry], most: int) -> list[dict[str, Entry]]:
     """Batches of up to `most` entries, in order, as large as a request of SQS may be."""
     batches: list[dict[str, Entry]] = []
-    room = -1
+    room = 0
     for id_, entry in entries.items():
         size = len(entry.get("MessageBody", ""))  # ASCII: as many bytes
-        if size > room or len(batches[-1]) == most:
+        if not batches or size > room or len(batches[-1]) == most:
             batches.append({})
             room = LIMITS.message_bytes
         batches[-1][id_] = entry

@@ -32,8 +32,8 @@ from claim_queues import (
     QueueUnavailable,
     Settlement,
 )
-from claim_queues.sqs import POLL_S, READ_TIMEOUT_S, SqsQueues
-from claim_queues.sqs_errors import AnswerLost, problem
+from claim_queues.sqs import POLL_S, SqsQueues
+from claim_queues.sqs_client import READ_TIMEOUT_S, AnswerLost, entry_problem, problem
 
 SECRET, TOKEN = "canary-secret-key", "canary-session-token"
 LOST = Raw(end="reset")
@@ -403,6 +403,26 @@ def test_what_sqs_answers_is_mapped_by_its_code_and_else_by_its_status(queues, p
     assert type(raised.value) is expected
 
 
+@pytest.mark.parametrize(
+    ("code", "fault", "expected"),
+    [
+        ("InvalidMessageContents", True, ClaimLost),
+        ("com.amazonaws.sqs#MessageNotInflight", True, ClaimLost),
+        ("Strange", True, ClaimLost),
+        ("Strange", False, QueueUnavailable),
+        ("OverLimit", True, QueueUnavailable),
+        ("AccessDeniedException", True, QueueForbidden),
+    ],
+)
+def test_an_entry_that_fails_is_busy_or_forbidden_or_what_a_refusal_means_there(code, fault, expected):
+    entry = {"Id": "0", "Code": code, "SenderFault": fault, "Message": "said AWS"}
+
+    mapped = entry_problem(entry, "delete_message_batch", "delete", ClaimLost)
+
+    assert type(mapped) is expected
+    assert "said AWS" in str(mapped)
+
+
 def test_an_error_without_a_body_goes_by_its_status(queues, queue, proxy):
     answer(proxy, "GetQueueAttributes", Reply(503), Reply(502, "<html>Bad Gateway</html>"))
 
@@ -576,6 +596,24 @@ def test_a_body_that_fails_for_a_reason_that_may_pass_is_sent_once_more_alone(qu
     assert [len(request["Entries"]) for request in asked(proxy, "SendMessageBatch")] == [3, 1]
     claim = queues.claim(queue, ttl=60, grace=0, limit=10)
     assert {message.id: message.body for message in claim.messages} == dict(zip(ids, [0, 1, 2], strict=True))
+
+
+def test_bodies_that_are_sent_once_more_keep_their_order(queues, queue, proxy):
+    partly(proxy, "SendMessageBatch", {str(number): PASSING for number in range(10)})
+
+    queues.post(queue, list(range(10)))
+
+    assert bodies(queues, queue) == list(range(10))
+
+
+def test_bodies_that_are_sent_alone_end_with_the_first_that_fails_for_another_reason(queues, queue, proxy):
+    down = [refusal("ServiceUnavailable", 503)] * 2
+    answer(proxy, "SendMessageBatch", refusal("BatchRequestTooLong"), *down)
+
+    with pytest.raises(QueueUnavailable, match="ServiceUnavailable"):
+        queues.post(queue, list(range(5)))
+
+    assert [len(request["Entries"]) for request in asked(proxy, "SendMessageBatch")] == [5, 1, 1]
 
 
 def test_a_body_that_sqs_refuses_for_good_is_named_and_the_others_are_stored(queues, queue, proxy):
@@ -873,6 +911,33 @@ def test_nothing_is_deleted_before_its_posts_are_stored(queues, queue, responses
         queues.settle(claim, [with_response(claim.messages[0], responses)])
 
     assert not asked(proxy, "DeleteMessageBatch")
+
+
+def while_posting(proxy, act):
+    """Let something happen while a post is under way."""
+    proxy.answer = lambda r: (operation(r) == "SendMessageBatch" and act(), proxy.forward(r))[1]
+
+
+def test_what_lapses_while_its_response_is_posted_is_lost(queues, queue, responses, proxy):
+    claim = claimed(queues, queue, "lapsing")
+    while_posting(proxy, lambda: later(claim, 60))
+
+    settled = queues.settle(claim, [with_response(claim.messages[0], responses)])
+
+    assert (settled.lost, settled.deleted) == ({claim.messages[0].id}, frozenset())
+    assert not asked(proxy, "DeleteMessageBatch")
+
+
+def test_a_renewal_that_ends_while_others_are_posted_lets_nothing_be_deleted_unposted(queues, queue, responses, proxy):
+    claim = claimed(queues, queue, "lapsed", "held")
+    lapsed, held = claim.messages
+    claim.until[lapsed.id] -= 60
+    while_posting(proxy, lambda: claim.until.update({lapsed.id: time.monotonic() + 60}))
+
+    settled = queues.settle(claim, [with_response(message, responses) for message in claim.messages])
+
+    assert (settled.lost, settled.deleted) == ({lapsed.id}, {held.id})
+    assert bodies(queues, responses) == ["response to held"]
 
 
 def test_nothing_is_deleted_whose_response_queue_is_missing(queues, queue, proxy):

@@ -1,12 +1,16 @@
-"""The contract's error for all that SQS answers and boto3 raises. Quotations are from the SQS API reference."""
+"""boto3's client for SQS with its credentials, and the contract's error for all that SQS answers or boto3 raises."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
+import boto3.session
 import botocore.exceptions as sdk
+import botocore.session
+from botocore.config import Config
 from botocore.parsers import ResponseParserError
 
 from .errors import (
@@ -21,6 +25,10 @@ from .errors import (
     QueueUnavailable,
 )
 
+READ_TIMEOUT_S = 30
+ENDPOINT = r"(?ai)(https://[a-z0-9.-]+|http://(localhost|127(\.\d{1,3}){3}|\[::1\]))(:\d{1,5})?(/[\w./-]*)?"
+"""Without a password, and over plain HTTP only to loopback."""
+WRITE = "write sqs://REGION, with ?endpoint=URL for a local server and profile=NAME for one of your AWS profiles"
 HOW_TO_LOG_IN = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (a local server takes any) or AWS_PROFILE, or write"
     " ~/.aws/credentials; AWS_EC2_METADATA_DISABLED=false takes those of the machine"
@@ -63,6 +71,38 @@ KINDS: dict[str, type[QueuesError]] = {
 status. Codes stand without what comes before their last dot and without "Exception"."""
 
 
+def connect(address: str, region: str, endpoint: str | None, profile: str | None) -> Any:
+    """boto3's client for the region, or the local server at `endpoint`; raises ConfigError or CredentialsError.
+
+    address: of the queues, for people. profile: name of an AWS profile, None for the usual one.
+    """
+    if endpoint is not None:
+        _check_endpoint(endpoint)
+    try:
+        core = botocore.session.Session(profile=profile)
+        if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() != "false":
+            # Away from EC2 nothing answers there, and it is slow to notice.
+            core.get_component("credential_provider").remove("iam-role")
+        if core.get_credentials() is None:
+            raise CredentialsError(f"{address}: no AWS credentials: {HOW_TO_LOG_IN}")
+        config = Config(
+            connect_timeout=5,
+            read_timeout=READ_TIMEOUT_S,
+            max_pool_connections=32,  # kept open, one for each thread that asks at the same time
+            retries={"mode": "standard", "total_max_attempts": 1},  # our caller does: it knows of lost answers
+            # What goes over plain HTTP goes to loopback, not to a proxy.
+            proxies={} if (endpoint or "").startswith("http:") else None,
+        )
+        session = boto3.session.Session(region_name=region, botocore_session=core)
+        client = session.client("sqs", endpoint_url=endpoint, config=config)
+    except SDK_ERRORS as error:
+        raise problem(error, f"connect to {address}") from error
+    except ValueError as error:
+        raise ConfigError(f"{address}: the endpoint of your AWS settings is no URL") from error
+    _check_endpoint(client.meta.endpoint_url)  # the user's AWS settings can name one too
+    return client
+
+
 def problem(error: Exception, what: str) -> QueuesError:
     """The contract's error for one of SDK_ERRORS, which becomes its cause. what: was asked, and of whom."""
     response = error.response if isinstance(error, sdk.ClientError) else {}
@@ -72,7 +112,7 @@ def problem(error: Exception, what: str) -> QueuesError:
     otherwise = QueueUnavailable if status >= HTTPStatus.INTERNAL_SERVER_ERROR else QueueError
     kind = next((KINDS[name] for name in names if name in KINDS), otherwise)
     said: object = error
-    if response and kind is CredentialsError:
+    if isinstance(error, sdk.ClientError) and kind is CredentialsError:
         # What AWS says about a wrong signature repeats the session token.
         said = f"AWS refuses the credentials ({code}), or this clock is wrong"
     found = kind(f"{what}: {said}{HINTS.get(kind, '')}")
@@ -101,3 +141,8 @@ def understanding(what: str) -> Iterator[None]:
 
 def _name(code: object) -> str:
     return re.split("[.#]", str(code))[-1].removesuffix("Exception")
+
+
+def _check_endpoint(url: str) -> None:
+    if not re.fullmatch(ENDPOINT, url):
+        raise ConfigError(f"an endpoint of Amazon SQS is https://..., or http:// to this machine: {WRITE}")
