@@ -40,6 +40,8 @@ KINDS = ("request", "response", "dead-letter")
 PEEK_MESSAGES = 10
 REDRIVE_CLAIM_TTL_S = 60
 """Enough for the messages of one claim, and no long wait for what a killed redrive held."""
+REDRIVE_WAIT_S = 2
+"""A claim that does not wait may overlook messages (SQS). Where none are left it is waited once, at the end."""
 RENEW_EVERY_S = 20.0
 EXIT_FAILED = 1
 
@@ -250,7 +252,9 @@ def _redrive(queues: Queues, request_queue: str, name: str, *, limit: int | None
                     queues.renew(claim, ttl=REDRIVE_CLAIM_TTL_S, messages=others)
                 renew_at = time.monotonic() + RENEW_EVERY_S
             most = min(wanted, found, queues.limits.claim_limit)
-            next_claim = queues.claim(name, ttl=REDRIVE_CLAIM_TTL_S, grace=REDRIVE_CLAIM_TTL_S, limit=most)
+            next_claim = queues.claim(
+                name, ttl=REDRIVE_CLAIM_TTL_S, grace=REDRIVE_CLAIM_TTL_S, limit=most, wait=REDRIVE_WAIT_S
+            )
             if next_claim is None:
                 break
             letters = list(filter(_is_letter, next_claim.messages))

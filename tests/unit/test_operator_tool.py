@@ -310,6 +310,35 @@ def test_redrive_refuses_a_ttl_that_the_service_cannot_honour(queues: Queues, us
     assert tool("redrive").code == 0
 
 
+def test_redrive_finds_what_a_claim_without_a_wait_overlooks(queues: Queues, use: Callable[..., None]) -> None:
+    class Overlooking(SqliteQueues):
+        def claim(self, queue: str, *, wait: float = 0, **options: Any) -> Claim | None:
+            return super().claim(queue, wait=wait, **options) if wait else None
+
+    queues.post(LETTERS, [letter(number) for number in range(45)])
+    use(Overlooking)
+    assert len(tool("redrive").lines) == 45
+
+
+def test_redrive_waits_in_vain_once_at_most(queues: Queues, use: Callable[..., None]) -> None:
+    in_vain = []
+
+    class TakenMeanwhile(SqliteQueues):
+        """Of four letters that stats saw another takes two."""
+
+        def claim(self, queue: str, **options: Any) -> Claim | None:
+            if self.stats(queue).free == 4:
+                super().claim(queue, **options | {"limit": 2})
+            found = super().claim(queue, **options | {"limit": 1, "wait": 0})
+            in_vain.extend([options["wait"]] if found is None else [])
+            return found
+
+    queues.post(LETTERS, [letter(number) for number in range(4)])
+    use(TakenMeanwhile)
+    assert [line.split()[0] for line in tool("redrive").lines] == ["old-2", "old-3"]
+    assert in_vain == [claim_queues.__main__.REDRIVE_WAIT_S]
+
+
 def test_redrive_stops_when_others_take_the_letters(queues: Queues, use: Callable[..., None]) -> None:
     class Empty(SqliteQueues):
         def claim(self, queue: str, **options: Any) -> None:
