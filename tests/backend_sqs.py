@@ -59,10 +59,8 @@ def server() -> str:
 
 @contextmanager
 def credentials() -> Iterator[None]:
-    """What moto's server takes as credentials, instead of the user's own."""
+    """What moto's server takes as credentials."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_SQS"):
-            patch.delenv(name, raising=False)
         patch.setenv("AWS_ACCESS_KEY_ID", "AKIATESTTESTTESTTEST")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-no-one")
         yield

@@ -24,12 +24,6 @@ from claim_queues.command_line import (
 )
 
 
-@pytest.fixture(autouse=True)
-def buffered_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scripts buffer stdout as they do for users: that is what fails late."""
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-
-
 def command(function: Callable[..., object], *decorators: Callable[..., object]) -> Callable[[], object]:
     """The entry point of a command that does this."""
     for decorate in reversed(decorators):

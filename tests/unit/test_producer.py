@@ -24,12 +24,6 @@ REQUESTS, RESPONSES = "itchy-octo-chainsaw-request", "itchy-octo-chainsaw-respon
 KNOWN = "31f37378-54f4-11e5-ad75-3c970e65f731"
 
 
-@pytest.fixture(autouse=True)
-def buffered_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scripts buffer stdout as they do for users: that is what fails late."""
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-
-
 @pytest.fixture
 def queues(tmp_path: Path) -> Iterator[SqliteQueues]:
     """The queue file of this user, which the scripts take when they are told nothing."""
