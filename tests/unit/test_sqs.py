@@ -753,6 +753,14 @@ def test_stop_waiting_ends_a_wait_within_one_long_poll(queues, queue, proxy):
     assert len(asked(proxy, "ReceiveMessage")) == 1
 
 
+def test_nothing_waits_once_waiting_was_stopped(queues, queue, proxy):
+    queues.stop_waiting()
+
+    assert queues.claim(queue, ttl=60, grace=0, limit=1, wait=600) is None
+
+    assert [request["WaitTimeSeconds"] for request in asked(proxy, "ReceiveMessage")] == [0]
+
+
 def test_bodies_of_others_come_as_their_text(queues, queue):
     queues._client.send_message(QueueUrl=queues._look_up(queue), MessageBody="no JSON: Grüße")
 
