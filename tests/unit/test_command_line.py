@@ -184,12 +184,15 @@ def test_a_line_of_just_the_limit_is_not_cut() -> None:
 
 # Logging
 
+CHATTY = ("urllib3", "botocore", "keystoneauth", "pyrax")
+
 
 @pytest.fixture
 def logged(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[str, str], str]]:
     """Log one event in a form and at a level; gives what was written."""
     root = logging.getLogger()
-    before, level = list(root.handlers), root.level
+    before = list(root.handlers)
+    levels = {name: logging.getLogger(name).level for name in (None, *CHATTY)}
 
     def write(form: str, least: str = "info") -> str:
         log = Log("test")
@@ -206,7 +209,8 @@ def logged(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[str, str], 
 
     yield write
     root.handlers[:] = before
-    root.setLevel(level)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 def test_text_logs_are_one_line_an_event_with_time_level_and_fields(logged: Callable[..., str]) -> None:
@@ -235,5 +239,5 @@ def test_the_least_level_is_obeyed(logged: Callable[..., str]) -> None:
 
 def test_libraries_that_print_tokens_stay_quiet_at_debug(logged: Callable[..., str]) -> None:
     logged("text", "debug")
-    for name in ("urllib3", "botocore", "keystoneauth", "pyrax"):
+    for name in CHATTY:
         assert not logging.getLogger(name).isEnabledFor(logging.DEBUG)
