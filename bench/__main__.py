@@ -165,6 +165,7 @@ def main(only: str, table: str, rounds: int, count: int) -> None:
         environments.prepare(needs)
         result = measure(name, wanted, rounds, describe(needs, rounds))
         if len(wanted) == len(every):
+            report.RESULTS.mkdir(exist_ok=True)
             (report.RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
             complete = True
         click.echo("\n".join(report.table(name, result, contestants)))

@@ -73,7 +73,7 @@ CREATE INDEX by_expiry ON messages (expires) WHERE expires IS NOT NULL;
 ALIVE = "(expires IS NULL OR expires > :now)"
 IN_PLACES = "place IN (SELECT value FROM json_each(:places))"
 HELD_BY_CLAIM = f"{IN_PLACES} AND claim = :claim AND held_until > :now"
-LIVES_ON = "expires = CASE WHEN expires < :until THEN :until + :grace ELSE expires END"
+LIVE_ON = f"UPDATE messages SET expires = :until + :grace WHERE {IN_PLACES} AND claim = :claim AND expires < :until"
 COLUMNS = "place, body, posted, expires, receives"
 
 
@@ -120,20 +120,20 @@ class SqliteQueues(Queues):
         self.limits.check_claim(ttl=ttl, grace=grace, limit=limit)
         with self._waiting(wait) as wait_for_post:
             while True:
-                if self._has_free_or_expired(queue) and (claim := self._claim(queue, ttl, grace, limit)):
+                free, expired = self._look(queue)
+                if (free or expired) and (claim := self._claim(queue, ttl, grace, limit, purge=expired)):
                     return claim
                 if not wait_for_post(queue):
                     return None
 
     def renew(self, claim: Claim, *, ttl: int, messages: Collection[Message] | None = None) -> None:
         self.limits.check_claim(ttl=ttl, grace=claim.grace, limit=1)
-        with self._writing() as now:
+        with self._writing(synced=False) as now:
             values = self._held(claim, messages, now) | {"until": now + ttl * 1000, "grace": claim.grace * 1000}
-            self._connection.execute(
-                f"UPDATE messages SET held_until = :until, {LIVES_ON} WHERE {HELD_BY_CLAIM}", values
-            )
+            self._connection.execute(f"UPDATE messages SET held_until = :until WHERE {HELD_BY_CLAIM}", values)
             if self._connection.changes() == 0:
                 raise ClaimLost(f"claim {claim.id} on {claim.queue} lapsed or was released")
+            self._connection.execute(LIVE_ON, values)
 
     def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
         refused: dict[str, MessageRefused] = {}
@@ -161,11 +161,15 @@ class SqliteQueues(Queues):
 
     def release(self, claim: Claim, messages: Collection[Message] | None = None, *, delay: float = 0) -> None:
         self.limits.check_release(delay=delay)
-        with self._writing() as now:
+        with self._writing(synced=False) as now:
+            values = self._held(claim, messages, now) | {
+                "until": now + round(delay * 1000),
+                "grace": claim.grace * 1000,
+            }
+            # A delay must not be what ends a message's life.
+            self._connection.execute(f"{LIVE_ON} AND held_until > :now", values)
             self._connection.execute(
-                # A delay must not be what ends a message's life.
-                f"UPDATE messages SET claim = NULL, held_until = :until, {LIVES_ON} WHERE {HELD_BY_CLAIM}",
-                self._held(claim, messages, now) | {"until": now + round(delay * 1000), "grace": claim.grace * 1000},
+                f"UPDATE messages SET claim = NULL, held_until = :until WHERE {HELD_BY_CLAIM}", values
             )
         self._touch()
 
@@ -232,53 +236,62 @@ class SqliteQueues(Queues):
             raise StoreError(f"{self._path}: is damaged ({problem}): restore a copy, or move it away")
         return []
 
-    def _claim(self, queue: str, ttl: int, grace: int, limit: int) -> Claim | None:
+    def _claim(self, queue: str, ttl: int, grace: int, limit: int, *, purge: bool) -> Claim | None:
+        """Claim in one transaction; purge: remove what has expired first."""
         claim_id = os.urandom(12).hex()
-        with self._writing() as now:
+        with self._writing(synced=False) as now:  # after a power cut the messages are just free again
+            until = now + ttl * 1000
             values = {
                 "queue": self._number(queue),
                 "now": now,
                 "claim": claim_id,
-                "until": now + ttl * 1000,
+                "until": until,
                 "grace": grace * 1000,
                 "limit": limit,
                 "batch": PURGE_BATCH,
             }
-            self._connection.execute(
-                "DELETE FROM messages WHERE place IN (SELECT place FROM messages WHERE expires <= :now LIMIT :batch)",
-                values,
-            )
+            if purge:
+                self._connection.execute(
+                    "DELETE FROM messages"
+                    " WHERE place IN (SELECT place FROM messages WHERE expires <= :now LIMIT :batch)",
+                    values,
+                )
             self._connection.execute(
                 "UPDATE messages SET held_until = 0, claim = NULL"
                 " WHERE queue = :queue AND held_until BETWEEN 1 AND :now",
                 values,
             )
-            rows = self._connection.execute(
+            rows: list[Any] = self._connection.execute(
                 f"""
-                UPDATE messages SET claim = :claim, held_until = :until, receives = receives + 1, {LIVES_ON}
+                UPDATE messages SET claim = :claim, held_until = :until, receives = receives + 1
                 WHERE place IN (SELECT place FROM messages
                     WHERE queue = :queue AND held_until = 0 AND {ALIVE} ORDER BY place LIMIT :limit)
                 RETURNING {COLUMNS}
                 """,
                 values,
             ).fetchall()
+            if any(expires is not None and expires < until for _, _, _, expires, _ in rows):
+                values["places"] = json.dumps([place for place, *_ in rows])
+                self._connection.execute(LIVE_ON, values)
+                rows = self._connection.execute(f"SELECT {COLUMNS} FROM messages WHERE {IN_PLACES}", values).fetchall()
         messages = self._messages(sorted(rows), now)
         return Claim(claim_id, queue, messages, grace) if messages else None
 
-    def _has_free_or_expired(self, queue: str) -> bool:
-        """Look before taking the write lock: an idle consumer must not stand in a busy one's way.
+    def _look(self, queue: str) -> tuple[bool, bool]:
+        """Say whether the queue has free messages, and whether any have expired in the file.
 
-        What has expired is removed by claims only: left lying, each look would have to pass over it.
+        A look before the write lock is taken: an idle consumer must not stand in a busy one's way. What has expired is
+        removed by claims only: left lying, each look would have to pass over it.
         """
         with self._reading() as now:
-            found = self._connection.execute(
+            ((free, expired),) = self._connection.execute(
                 f"""
-                SELECT EXISTS (SELECT 1 FROM messages WHERE expires <= :now)
-                    OR EXISTS (SELECT 1 FROM messages WHERE queue = :queue AND held_until <= :now AND {ALIVE})
+                SELECT EXISTS (SELECT 1 FROM messages WHERE queue = :queue AND held_until <= :now AND {ALIVE}),
+                    EXISTS (SELECT 1 FROM messages WHERE expires <= :now)
                 """,
                 {"queue": self._known(queue), "now": now},
-            ).get
-        return bool(found)
+            )
+        return bool(free), bool(expired)
 
     def _browse(self, queue: str, after: int, limit: int, claimed: bool) -> Page:
         with self._reading() as now:
@@ -359,9 +372,9 @@ class SqliteQueues(Queues):
             yield int(self._clock() * 1000)
 
     @contextmanager
-    def _writing(self) -> Iterator[int]:
+    def _writing(self, *, synced: bool = True) -> Iterator[int]:
         """Alone on the file, in a transaction that is durable when the block ends; gives the time in milliseconds."""
-        with self._lock, store_errors(self._path), transaction(self._connection):
+        with self._lock, store_errors(self._path), transaction(self._connection, synced=synced):
             yield int(self._clock() * 1000)
 
     def _touch(self) -> None:

@@ -88,16 +88,25 @@ def store_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def transaction(connection: apsw.Connection) -> Iterator[None]:
-    """A write transaction. IMMEDIATE: a read that turns into a write fails at once, whatever the busy timeout."""
-    connection.execute("BEGIN IMMEDIATE")
+def transaction(connection: apsw.Connection, *, synced: bool = True) -> Iterator[None]:
+    """A write transaction. IMMEDIATE: a read that turns into a write fails at once, whatever the busy timeout.
+
+    synced: it survives a power cut once it is over. Others may be gone after one, as if they had never been, in the
+    order of their ends; a crash of the process alone loses neither.
+    """
+    if not synced:
+        connection.execute("PRAGMA synchronous = NORMAL")
     try:
+        connection.execute("BEGIN IMMEDIATE")
         yield
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+    finally:
+        if not synced:
+            connection.execute("PRAGMA synchronous = FULL")
 
 
 def _create_private(path: Path) -> None:
