@@ -14,6 +14,7 @@ import signal
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -96,6 +97,14 @@ def _attempt(step: Callable[[Any], str], value: Any) -> str | Refused:
         return error
 
 
+@dataclass(eq=False, slots=True)
+class Wish:
+    """Ids of widgets to make; made: what became of each, None until it is safe on disk."""
+
+    widget_ids: Sequence[str]
+    made: list[tuple[dict[str, Any], bool]] | None = None
+
+
 class Widgets:
     """The widgets of one SQLite file, each a dict of `id` and `created_at` (ISO 8601, UTC); thread-safe.
 
@@ -104,6 +113,7 @@ class Widgets:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._wishes: deque[Wish] = deque()
         # Two connections: one can look at the widgets while a POST waits for the disk or for another process.
         self._writer, self._reader = (
             (open_store(path, application_id=APPLICATION_ID, version=SCHEMA_VERSION, schema=SCHEMA), threading.Lock())
@@ -111,15 +121,24 @@ class Widgets:
         )
 
     def make(self, widget_ids: Sequence[str]) -> list[tuple[dict[str, Any], bool]]:
-        """For each id its widget, safe on disk, and whether it was made now."""
-        created_at = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        made = []
-        with self._using(*self._writer) as connection, transaction(connection):
-            for widget_id in widget_ids:
-                new = connection.execute(INSERT, (widget_id, created_at)).fetchall()
-                found = new or connection.execute(SELECT, (widget_id,)).fetchall()
-                made.append((_widget(found[0]), bool(new)))
-        return made
+        """For each id its widget, safe on disk, and whether it was made now.
+
+        What others ask for while one waits for the disk goes into the next transaction together: one sync for all.
+        """
+        wish = Wish(widget_ids)
+        self._wishes.append(wish)
+        with self._using(*self._writer) as connection:
+            if wish.made is None:
+                wishes = [self._wishes.popleft() for _ in range(len(self._wishes))]
+                try:
+                    with transaction(connection):
+                        found = [[_make(connection, widget_id) for widget_id in each.widget_ids] for each in wishes]
+                except BaseException:
+                    self._wishes.extend(each for each in wishes if each is not wish)  # each fails by itself
+                    raise
+                for each, made in zip(wishes, found, strict=True):
+                    each.made = made
+        return wish.made or []
 
     def find(self, widget_id: str) -> dict[str, Any] | None:
         """The widget of that id, or None."""
@@ -157,6 +176,13 @@ class Widgets:
                 yield connection
         finally:
             lock.release()
+
+
+def _make(connection: apsw.Connection, widget_id: str) -> tuple[dict[str, Any], bool]:
+    created_at = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    new = connection.execute(INSERT, (widget_id, created_at)).fetchall()
+    found = new or connection.execute(SELECT, (widget_id,)).fetchall()
+    return _widget(found[0]), bool(new)
 
 
 def _widget(row: Sequence[Any]) -> dict[str, Any]:

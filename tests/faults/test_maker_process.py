@@ -210,7 +210,7 @@ def test_faults_and_hosts_can_be_set_by_options_and_by_the_environment(tmp_path:
         wait_until(lambda: is_healthy(url))
         statuses = [post(url, widget_id).status_code for widget_id in (ID, number_n(1), number_n(2))]
         assert statuses == [500, 201, 500]
-        for host, status in (("widgets.example", 200), ("other.example:80", 200), ("evil.example", 400)):
+        for host, status in (("widgets.example", 200), ("other.example:80", 200), ("evil.example", 421)):
             assert requests.get(**page, headers={"Host": host}).status_code == status
         assert (tmp_path / "state" / "itchy-octo-chainsaw" / "widgets.sqlite3").exists()
 

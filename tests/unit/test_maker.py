@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from support import wait_until
 
 import claim_queues.store
+from claim_queues import StoreError
 from widget_maker import SELECT_PAGE, Faults, Refused, Widgets, create_app, parse_json, parse_request
 
 ID = "31f37378-54f4-11e5-ad75-3c970e65f731"
@@ -566,6 +567,39 @@ def test_widgets_can_be_read_while_another_is_waiting_to_be_made(database: Path)
         assert not making.done()
         other_process.execute("ROLLBACK")
         assert making.result()[0][1]
+
+
+def test_what_is_asked_for_during_a_commit_is_committed_together(database: Path) -> None:
+    widgets, seen = Widgets(database), list[str]()
+    widgets._writer[0].exec_trace = lambda _cursor, sql, _bindings: seen.append(sql) or True
+    with closing(apsw.Connection(str(database))) as other_process, ThreadPoolExecutor(20) as pool:
+        other_process.execute("BEGIN IMMEDIATE")
+        first = pool.submit(widgets.make, [number_n(0)])
+        wait_until(lambda: "BEGIN IMMEDIATE" in seen)
+        others = [pool.submit(widgets.make, [number_n(number), number_n(0)]) for number in range(1, 15)]
+        wait_until(lambda: len(widgets._wishes) == 14)
+        other_process.execute("ROLLBACK")
+        assert first.result()[0][1]
+        for number, other in enumerate(others, 1):
+            assert [(widget["id"], is_new) for widget, is_new in other.result()] == [
+                (number_n(number), True),
+                (number_n(0), False),
+            ]
+    assert seen.count("COMMIT") == 2
+    widgets.close()
+
+
+def test_wishes_that_cannot_be_fulfilled_fail_one_by_one(database: Path) -> None:
+    widgets = Widgets(database)
+    with closing(apsw.Connection(str(database))) as other_process, ThreadPoolExecutor(20) as pool:
+        other_process.execute("BEGIN IMMEDIATE")
+        making = [pool.submit(widgets.make, [number_n(number)]) for number in range(10)]
+        wait_until(lambda: len(widgets._wishes) == 9)
+        other_process.execute("DROP TABLE widget; COMMIT")
+        errors = [one.exception() for one in making]
+    assert {type(error) for error in errors} == {StoreError}
+    assert not widgets._wishes
+    widgets.close()
 
 
 def test_a_full_file_is_answered_503_until_there_is_room(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
