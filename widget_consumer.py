@@ -273,7 +273,7 @@ class Consumer:
                 else:
                     self._waiting.append(delivery)
             self._put_on_trial()
-            self._has_work.notify(len(found))
+            self._has_work.notify()
 
     def _put_on_trial(self) -> None:
         """Charge what was received often only when its POST starts.
@@ -321,6 +321,8 @@ class Consumer:
             while self._waiting and len(batch) < self._most_in_a_post and batch[0].joins(self._waiting[0]):
                 batch.append(self._waiting.popleft())
             self._posting += len(batch)
+            if self._waiting:
+                self._has_work.notify()  # one slot wakes the next: all at once would only queue for the lock
             if had_enough and not self._has_enough():
                 self._has_room.notify()
             return batch
@@ -352,8 +354,9 @@ class Consumer:
         started = time.monotonic()
         whole = connection.post_batch(batch)
         if whole is None:
-            for delivery in batch:
-                self._conclude(delivery, guilty=False, seconds=time.monotonic() - started)
+            with self._lock:
+                for delivery in batch:
+                    self._conclude(delivery, guilty=False, seconds=time.monotonic() - started)
             return
         with self._lock:
             if whole.failure is Failure.MISCONFIGURED and self._most_in_a_post > 1:
@@ -366,7 +369,7 @@ class Consumer:
                 self._excuse(batch)
             else:
                 self._waiting.extendleft(reversed(batch))
-                self._has_work.notify(len(batch))
+                self._has_work.notify()
             self._has_room.notify()
 
     def _charge(self, delivery: Delivery) -> None:
