@@ -183,9 +183,9 @@ class Consumer:
             except QueueError as error:
                 self._service_fails("claim", error)
                 asked = error.retry_after_s or 0 if isinstance(error, QueueUnavailable) else 0
-                pause = max(asked, min(LONGEST_CLAIM_PAUSE_S, max(CLAIM_PAUSE_S, 2 * pause)))
+                pause = min(LONGEST_CLAIM_PAUSE_S, max(CLAIM_PAUSE_S, 2 * pause))
                 with self._lock:
-                    self._has_room.wait_for(lambda: self._stopping, pause * self._uniform(0.5, 1))
+                    self._has_room.wait_for(lambda: self._stopping, max(asked, pause * self._uniform(0.5, 1)))
 
     def _next_claim(self) -> Callable[[], bool] | None:
         """Wait until a claim is wanted, of a batch or of one message to try the maker with; None ends claiming."""

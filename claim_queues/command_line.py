@@ -248,8 +248,9 @@ def configure_logging(form: str, level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonFormatter() if form == "json" else _TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for chatty in ("urllib3", "botocore", "keystoneauth", "pyrax"):  # they print headers, with tokens, at debug
+    for chatty in ("urllib3", "botocore", "pyrax"):  # they print headers, with tokens, at debug
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("keystoneauth").setLevel(logging.ERROR)  # it warns of what it then raises
 
 
 class _TextFormatter(logging.Formatter):

@@ -41,9 +41,9 @@ def redis(log: Path) -> Iterator[int]:
         yield port
 
 
-def advance(zaqar_url: str, seconds: float) -> None:
-    """Move that Zaqar's clock on (MongoDB driver alone)."""
-    requests.post(f"{zaqar_url}/test-clock", data=str(seconds), timeout=10).raise_for_status()
+def advance(url: str, seconds: float) -> None:
+    """Move on the clock of that Zaqar (MongoDB driver alone) or SQS."""
+    requests.post(f"{url}/test-clock", data=str(seconds), timeout=10).raise_for_status()
 
 
 @contextmanager

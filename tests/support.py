@@ -90,14 +90,14 @@ def script(name: str, *options: object, cwd: Path, env: dict[str, str] | None = 
         running.kill()
 
 
-def run_script(name: str, *options: object, cwd: Path, env: dict[str, str] | None = None) -> Any:
+def run_script(name: str, *options: object, cwd: Path, env: dict[str, str] | None = None, stdin: str = "") -> Any:
     """Run a script to its end: an object with returncode, stdout and stderr."""
     command = [sys.executable, "-m", name] if name == "claim_queues" else [sys.executable, str(HERE / name)]
     return subprocess.run(
         [*command, *map(str, options)],
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(HERE)} | (env or {}),
-        stdin=subprocess.DEVNULL,
+        input=stdin,
         capture_output=True,
         text=True,
         timeout=120,
@@ -120,3 +120,15 @@ def is_healthy(url: str) -> bool:
     with suppress(requests.RequestException):
         return requests.get(f"{url}/healthz", timeout=1).status_code == requests.codes.ok
     return False
+
+
+def widgets(maker_url: str) -> list[str]:
+    """The ids of all widgets, as the maker lists them."""
+    found: list[str] = []
+    where: dict[str, Any] = {"limit": 100}
+    while True:
+        page = requests.get(f"{maker_url}/widgets", params=where, timeout=5).json()
+        found += [widget["id"] for widget in page["widgets"]]
+        if page["next"] is None:
+            return found
+        where["after"] = page["next"]

@@ -1,12 +1,11 @@
 """Bad input to each command line: one clear line on stderr, the right exit code, and nothing is touched."""
 
-import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,15 +174,6 @@ TAKES_FILE = {
     "check": (SCRIPTS["check"], "--queue-url"),
 }
 each_file_option = pytest.mark.parametrize(("script", "option"), TAKES_FILE.values(), ids=TAKES_FILE)
-
-
-@pytest.fixture(autouse=True)
-def logging_as_it_was() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

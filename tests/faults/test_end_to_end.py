@@ -4,11 +4,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
-import requests
-from support import Script, free_port, run_script, script, wait_until, widget_maker
+from support import Script, free_port, run_script, script, wait_until, widget_maker, widgets
 
 from claim_queues.sqlite import SqliteQueues
 
@@ -33,18 +31,6 @@ def submit(url: str, cwd: Path, *options: object) -> list[str]:
     ended = run_script("widget_producer.py", "--queue-url", url, *options, cwd=cwd)
     assert ended.returncode == 0, ended.stderr
     return [line.split()[1] for line in ended.stdout.splitlines()]
-
-
-def widgets(maker_url: str) -> list[str]:
-    """The ids of all widgets, as the maker lists them."""
-    found: list[str] = []
-    where: dict[str, Any] = {"limit": 100}
-    while True:
-        page = requests.get(f"{maker_url}/widgets", params=where, timeout=5).json()
-        found += [widget["id"] for widget in page["widgets"]]
-        if page["next"] is None:
-            return found
-        where["after"] = page["next"]
 
 
 def outcomes(queues: SqliteQueues) -> Counter[tuple[str, str]]:

@@ -1,6 +1,5 @@
 """OpenStack Zaqar through openstacksdk: a real server behind a proxy that fails as each test decides."""
 
-import json
 import logging
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,6 +12,8 @@ import openstack.exceptions
 import pytest
 import requests
 from fault_proxy import FaultProxy, Raw, Reply, Request
+from keystone_double import SECRET as CANARY
+from keystone_double import KeystoneDouble
 
 from claim_queues import (
     Claim,
@@ -32,7 +33,6 @@ from claim_queues.zaqar import ERRORS, LIMITS, ZaqarQueues
 
 PROJECT = "unit"
 TERMS = {"ttl": 60, "grace": 60}
-CANARY = "canary-5d1c"
 
 later, ours, credentials = QueueUnavailable, ConfigError, CredentialsError
 KEYSTONEAUTH_ERRORS = {
@@ -669,56 +669,19 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-class Keystone(FaultProxy):
-    """A Keystone as far as a sign-in needs one. tokens: those it gave. refuse: answers instead, for each sign-in."""
-
-    def __init__(self, zaqar: str) -> None:
-        super().__init__("")
-        self.zaqar = zaqar
-        self.tokens: list[str] = []
-        self.refuse: Reply | None = None
-        self.answer = self.sign_in
-
-    def sign_in(self, request: Request) -> Reply:
-        if request.path == "/v3":
-            links = [{"rel": "self", "href": f"{self.url}/v3"}]
-            return Reply(200, {"version": {"id": "v3.14", "status": "stable", "links": links}})
-        if self.refuse:
-            return self.refuse
-        self.tokens.append(f"{CANARY}-token-{len(self.tokens)}")
-        endpoint = {"id": "e", "interface": "public", "region": "R", "region_id": "R", "url": self.zaqar}
-        token = {
-            "methods": ["application_credential"],
-            "issued_at": "2026-01-01T00:00:00Z",
-            "expires_at": "2099-01-01T00:00:00Z",
-            "user": {"id": "u", "name": "u", "domain": {"id": "d", "name": "d"}},
-            "project": {"id": PROJECT, "name": PROJECT, "domain": {"id": "d", "name": "d"}},
-            "catalog": [{"type": "messaging", "name": "zaqar", "id": "z", "endpoints": [endpoint]}],
-        }
-        return Reply(201, {"token": token}, {"X-Subject-Token": self.tokens[-1]})
-
-
 @pytest.fixture
-def keystone(proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keystone]:
+def keystone(proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KeystoneDouble]:
     """A Keystone, a Zaqar behind the proxy that takes its newest token alone, and a cloud `mine` that names both."""
-    with Keystone(proxy.url) as keystone:
+    with KeystoneDouble(proxy.url, project=PROJECT) as keystone:
 
         def take_newest_token(request: Request) -> Reply:
-            if request.path != "/" and request.headers["X-Auth-Token"] != keystone.tokens[-1]:
-                return Reply(401, "Authentication required")
-            request.headers["X-Project-Id"] = PROJECT  # as Keystone's middleware does
-            return proxy.forward(request)
+            admitted = keystone.admit(request)
+            return proxy.forward(admitted) if admitted else Reply(401, "Authentication required")
 
         proxy.answer = take_newest_token
-        write_clouds(tmp_path / "clouds.yaml", monkeypatch, {"auth_url": f"{keystone.url}/v3"})
+        keystone.write_clouds(tmp_path / "clouds.yaml")
+        monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", str(tmp_path / "clouds.yaml"))
         yield keystone
-
-
-def write_clouds(path: Path, monkeypatch: pytest.MonkeyPatch, auth: dict[str, str]) -> None:
-    secret = {"application_credential_id": "id", "application_credential_secret": CANARY}
-    cloud = {"region_name": "R", "auth_type": "v3applicationcredential", "auth": {**auth, **secret}}
-    path.write_text(json.dumps({"clouds": {"mine": cloud}}))
-    monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", str(path))
 
 
 def test_a_cloud_of_clouds_yaml_is_used_with_its_application_credential(keystone, proxy):
