@@ -2,7 +2,8 @@
 
 Semantics follow OpenStack Zaqar's. Times in the file are UTC milliseconds. A message is free while `held_until`
 is 0 or past, claimed while it lies ahead and `claim` is set, delayed while it lies ahead and `claim` is not. None
-expires before its `held_until`.
+expires before its `held_until`. Claims, renewals and releases are not synced: after a power cut they may be as if they
+had never been, which leaves messages free again. Everything else is.
 """
 
 import json
