@@ -322,6 +322,9 @@ class Zaqar(Service):
 
 
 class Sqs(Service):
+    """The server's clock goes back in the end: SQS tells when a message was sent, and its ages are by our clock."""
+
+    ahead_s = 0.0
     refused = Reply(403, {"__type": "com.amazon.coral.service#InvalidClientTokenId", "message": "said AWS"})
 
     @property
@@ -330,6 +333,11 @@ class Sqs(Service):
 
     def advance(self, seconds: float) -> None:
         processes.advance(backend_sqs.server(), seconds)
+        self.ahead_s += seconds
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.advance(-self.ahead_s)
 
     def concerns(self, request: Request, queue: str) -> bool:
         return queue in (request.json.get("QueueUrl") or request.json["QueueName"])
