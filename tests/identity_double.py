@@ -3,7 +3,7 @@
 with IdentityDouble("http://127.0.0.1:8888/v1") as identity:
     identity.url                                  # for `identity=` of a queue URL
     identity.answer = lambda request: Reply(429)  # instead of a token
-    identity.tokens, identity.requests            # what it gave, what it was asked
+    identity.tokens, identity.requests            # what it gave and takes, what it was asked
 """
 
 import itertools
@@ -39,8 +39,8 @@ class IdentityDouble(ScriptedMaker):
         return Reply(200, {"access": self._access(self.tokens[-1])})
 
     def holds(self, request: Request) -> bool:
-        """Whether a request to the queue service carries the newest token."""
-        return request.headers.get("X-Auth-Token") in self.tokens[-1:]
+        """Whether a request to the queue service carries a token of this service; tokens.clear() revokes them."""
+        return request.headers.get("X-Auth-Token") in self.tokens
 
     def _access(self, token: str) -> dict[str, object]:
         endpoints = [{"region": REGION, "tenantId": "123", "publicURL": self.queues_url}]

@@ -271,7 +271,7 @@ class Embedded(Service):
 
 
 class CloudQueues(Service):
-    """identity: gives tokens; the proxy takes the newest alone."""
+    """identity: gives the tokens that the proxy takes."""
 
     def __init__(self, directory: Path, queues: Queues, proxy: FaultProxy, identity: IdentityDouble) -> None:
         self.identity = identity
@@ -281,10 +281,6 @@ class CloudQueues(Service):
     def url(self) -> str:
         return f"rackspace://{USER}@{REGION}?identity={self.identity.url}"
 
-    @property
-    def tokens(self) -> list[str]:
-        return self.identity.tokens
-
     def advance(self, seconds: float) -> None:
         processes.advance(zaqar_url(), seconds)
 
@@ -293,7 +289,7 @@ class CloudQueues(Service):
 
 
 class Zaqar(Service):
-    """keystone: gives tokens; the proxy takes the newest alone."""
+    """keystone: gives the tokens that the proxy takes."""
 
     def __init__(self, directory: Path, queues: Queues, proxy: FaultProxy, keystone: KeystoneDouble) -> None:
         self.keystone = keystone
@@ -304,10 +300,6 @@ class Zaqar(Service):
     @property
     def url(self) -> str:
         return "zaqar://mine"
-
-    @property
-    def tokens(self) -> list[str]:
-        return self.keystone.tokens
 
     def advance(self, seconds: float) -> None:
         processes.advance(backend_zaqar.mongodb_server(), seconds)

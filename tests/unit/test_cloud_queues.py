@@ -309,7 +309,7 @@ def test_nothing_is_asked_before_the_first_operation(world: World) -> None:
 
 
 def test_a_refused_token_is_renewed_unseen(world: World, queues: CloudQueues, queue: str) -> None:
-    world.identity.tokens.append("another")  # no longer ours
+    world.identity.tokens.clear()  # no longer ours
 
     assert queues.exists(queue)
     assert world.asked() == ["HEAD ", "HEAD "]
@@ -317,7 +317,7 @@ def test_a_refused_token_is_renewed_unseen(world: World, queues: CloudQueues, qu
 
 
 def test_threads_whose_token_was_refused_share_one_sign_in(world: World, queues: CloudQueues, queue: str) -> None:
-    world.identity.tokens.append("another")
+    world.identity.tokens.clear()
     all_refused = threading.Barrier(4, timeout=20)
 
     def answer(request: Request) -> Reply:
@@ -368,7 +368,7 @@ def test_no_answer_of_the_identity_service_breaks_later_sign_ins(
     world: World, queues: CloudQueues, queue: str, answer: Reply | Raw, error: type[Exception]
 ) -> None:
     world.identity.answer = lambda request: answer
-    world.identity.tokens.append("another")
+    world.identity.tokens.clear()
     for _ in range(2):
         with pytest.raises(error) as caught:
             queues.stats(queue)
@@ -798,7 +798,7 @@ def test_a_password_for_the_host_in_netrc_is_not_sent(
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login a password b\n")
     (tmp_path / ".netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
-    world.identity.tokens.append("another")
+    world.identity.tokens.clear()
 
     world.queues.stats(queue)
 
