@@ -48,9 +48,9 @@ class KeystoneDouble(ScriptedMaker):
         return Reply(201, {"token": self._token()}, {"X-Subject-Token": self.tokens[-1]})
 
     def admit(self, request: Request) -> Request | None:
-        """A request to Zaqar with its project, as Keystone's middleware passes it on; None without a token. tokens.clear() revokes them.
+        """A request to Zaqar with its project, as Keystone's middleware passes it on; None without a token.
 
-        The list of versions is shown to everyone.
+        The list of versions is shown to everyone. tokens.clear() revokes all tokens.
         """
         if request.path != "/" and request.headers.get("X-Auth-Token") not in self.tokens:
             return None
