@@ -26,6 +26,7 @@ from claim_queues import (
     MessageRefused,
     Post,
     QueueError,
+    QueueNotFound,
     Queues,
     QueuesError,
     QueueUnavailable,
@@ -56,9 +57,11 @@ POST_SPARE_S = 5.0
 """A POST starts only while the claim is surely held for the deadline and so much more, to settle in."""
 BACKOFF_BASE_S, LONGEST_BACKOFF_S = 0.5, 300.0
 MOST_BACKOFFS_PER_SLOT = 5
+MOST_CLAIMS_UNSETTLED = 4
+"""So many full claims more may wait to be settled, as usual settlements do; what is claimed is hidden from others."""
 CLAIM_PAUSE_S, LONGEST_CLAIM_PAUSE_S = 0.5, 30.0
-DRAIN_LOOK_S = 0.1
-"""How long a drain waits for messages before it looks whether any are left."""
+LOOK_AGAIN_S = 0.1
+"""How long a drain waits for messages before it looks whether any are left, and claiming for what clogs it."""
 CHECK_QUEUES_EVERY_S = 60.0
 MISCONFIGURED_DRAIN_S = 60.0
 STOP_PATIENCE_S = 10.0
@@ -122,11 +125,11 @@ class Consumer:
         self._most_in_a_post = settings.post_batch
         self._stopping = False
         self._error: Exception | None = None
-        self._failing: set[str] = set()
+        self._failing: dict[str, type[Exception]] = {}
         self._reported = ""
         self._next_check_at = 0.0
         self._empty_since: float | None = None
-        self._patience_s = DRAIN_LOOK_S if settings.drain else settings.poll_interval
+        self._patience_s = LOOK_AGAIN_S if settings.drain else settings.poll_interval
         self.totals: Counter[str] = Counter()
         self._keeper = Keeper(queues, self, claim_ttl=settings.claim_ttl, grace=settings.grace)
 
@@ -205,7 +208,7 @@ class Consumer:
                 elif self._has_enough():
                     self._has_room.wait(None if decide_at is None else decide_at - now)
                 elif self._is_clogged():
-                    self._has_room.wait(CLAIM_PAUSE_S)
+                    self._has_room.wait(LOOK_AGAIN_S)
                 else:
                     return self._claim_batch
             return None
@@ -216,8 +219,10 @@ class Consumer:
 
     def _is_clogged(self) -> bool:
         """Whether too many messages are held that nothing can be done with now."""
-        idle = self._keeper.count() if "settle" in self._failing else self._keeper.backing_off()
-        return idle > MOST_BACKOFFS_PER_SLOT * self._settings.slots
+        most = MOST_BACKOFFS_PER_SLOT * self._settings.slots
+        if self._keeper.backing_off() > most:
+            return True
+        return self._keeper.settling() > most + MOST_CLAIMS_UNSETTLED * self._settings.claim_limit
 
     def _hopeless_at(self) -> float:
         """When a drain gives up on a maker that waiting does not mend (monotonic); infinity while it need not."""
@@ -246,15 +251,18 @@ class Consumer:
         settings, now = self._settings, time.monotonic()
         if now >= self._next_check_at:
             self._next_check_at = now + CHECK_QUEUES_EVERY_S
-            require_queues(self._queues, settings.queues, create=settings.create)
+            self._require_queues()
         if not settings.drain or self._keeper.count() or self._queues.stats(settings.request_queue).total:
             self._empty_since = None
             is_working = self._keeper.count() > self._keeper.backing_off()
-            self._patience_s = DRAIN_LOOK_S if settings.drain and is_working else settings.poll_interval
+            self._patience_s = LOOK_AGAIN_S if settings.drain and is_working else settings.poll_interval
             return False
         if self._empty_since is None:
             self._empty_since = now
         return now - self._empty_since >= self._queues.limits.stats_settle
+
+    def _require_queues(self) -> None:
+        require_queues(self._queues, self._settings.queues, create=self._settings.create)
 
     def _admit(self, found: list[Held], *, probe: bool) -> None:
         """Count the receives before anything else; then line the messages up for the slots, or end them here."""
@@ -509,14 +517,28 @@ class Consumer:
         self._end_with(error)
 
     def _service_fails(self, doing: str, error: Exception) -> None:
-        """One line when the queue service stops doing something, not one for each attempt."""
-        if doing not in self._failing:
-            self._failing.add(doing)
+        """One line when the queue service stops doing something or for another reason, not one for each attempt.
+
+        A queue that is gone is made anew with --create. Without, somebody has to; only a drain does not wait for that.
+        """
+        if isinstance(error, QueueNotFound):
+            try:
+                self._require_queues()
+            except QueueNotFound as missing:
+                error = missing
+                if self._settings.drain:
+                    self._end_with(error)
+                    return
+            except QueueError as other:
+                error = other
+        kind = QueueUnavailable if isinstance(error, QueueUnavailable) else type(error)
+        if self._failing.get(doing) is not kind:
+            self._failing[doing] = kind
             log.warning("the queue service fails: trying again", doing=doing, reason=str(error))
 
     def _service_answers(self, doing: str) -> None:
         if doing in self._failing:
-            self._failing.discard(doing)
+            del self._failing[doing]
             log.info("the queue service is back", doing=doing)
 
 

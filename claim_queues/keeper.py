@@ -184,6 +184,11 @@ class Keeper:
         with self._changed:
             return sum(held.back_at is not None for claim in self._claims.values() for held in claim.open.values())
 
+    def settling(self) -> int:
+        """Number of messages whose settlement the service has not done yet."""
+        with self._changed:
+            return sum(held.settlement is not None for claim in self._claims.values() for held in claim.open.values())
+
     def hurry(self) -> None:
         """From now on settle at once and keep nothing back that is to be free later: only the service may delay it."""
         with self._changed:

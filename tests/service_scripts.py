@@ -33,6 +33,8 @@ from support import HERE, Script, run_script, script
 
 from claim_queues import Queues, open_queues
 from claim_queues.sqlite import SqliteQueues
+from claim_queues.sqs import SqsQueues
+from claim_queues.zaqar_api import ZaqarApi
 from delivery import Maker
 from receive_counts import ReceiveCounts
 from widget_consumer import Consumer, Settings
@@ -87,6 +89,10 @@ class Service:
         """Make the three queues."""
         for name in self.names:
             self.queues.create(name)
+
+    def delete(self, queue: str) -> None:
+        """Delete the queue itself, as only an operator does."""
+        raise NotImplementedError
 
     def advance(self, seconds: float) -> None:
         """Let that much time pass for the service alone."""
@@ -270,7 +276,16 @@ class Embedded(Service):
             )
 
 
-class CloudQueues(Service):
+class OverZaqarApi(Service):
+    """What the services have in common that speak Zaqar's API."""
+
+    queues: ZaqarApi
+
+    def delete(self, queue: str) -> None:
+        self.queues._ask("delete", queue, "DELETE")
+
+
+class CloudQueues(OverZaqarApi):
     """identity: gives the tokens that the proxy takes."""
 
     def __init__(self, directory: Path, queues: Queues, proxy: FaultProxy, identity: IdentityDouble) -> None:
@@ -288,7 +303,7 @@ class CloudQueues(Service):
         return super().serve(request) if self.identity.holds(request) else self.refused
 
 
-class Zaqar(Service):
+class Zaqar(OverZaqarApi):
     """keystone: gives the tokens that the proxy takes."""
 
     def __init__(self, directory: Path, queues: Queues, proxy: FaultProxy, keystone: KeystoneDouble) -> None:
@@ -316,6 +331,7 @@ class Zaqar(Service):
 class Sqs(Service):
     """The server's clock goes back in the end: SQS tells when a message was sent, and its ages are by our clock."""
 
+    queues: SqsQueues
     ahead_s = 0.0
     refused = Reply(403, {"__type": "com.amazon.coral.service#InvalidClientTokenId", "message": "said AWS"})
 
@@ -330,6 +346,9 @@ class Sqs(Service):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self.advance(-self.ahead_s)
+
+    def delete(self, queue: str) -> None:
+        self.queues._client.delete_queue(QueueUrl=self.queues._url(queue))
 
     def concerns(self, request: Request, queue: str) -> bool:
         return queue in (request.json.get("QueueUrl") or request.json["QueueName"])

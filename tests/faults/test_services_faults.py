@@ -20,6 +20,7 @@ from support import Script, wait_until
 
 import widget_consumer
 import widget_producer
+from claim_queues import QueueNotFound
 from claim_queues.keeper import Keeper
 
 pytestmark = pytest.mark.filterwarnings(
@@ -418,6 +419,65 @@ def failed_times(service: Service) -> list[list[float]]:
         [at for request, at in both if service.concerns(request, queue)]
         for queue in (service.request_queue, service.response_queue)
     ]
+
+
+# Queues that go missing while a consumer runs
+
+
+@pytest.fixture
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widget_consumer, "CHECK_QUEUES_EVERY_S", 0.1)
+
+
+@over_a_wire
+@pytest.mark.usefixtures("looks_often")
+def test_a_request_queue_that_goes_missing_is_one_line_that_says_how_to_create_it(
+    service: Service, maker: ScriptedMaker, here: Here, caplog: pytest.LogCaptureFixture
+) -> None:
+    with here.consuming():
+        service.delete(service.request_queue)
+        wait_until(lambda: FAILS in caplog.text)
+        looked = len(service.asked("look"))
+        wait_until(lambda: len(service.asked("look")) > looked + 6)
+        service.create()
+        wait_until(lambda: IS_BACK in caplog.text)
+        ids = service.submit(3)
+        wait_for_responses(service, 3)
+
+    assert_all_made_once(service, maker, ids)
+    (failing,) = (record for record in caplog.records if record.message == FAILS)
+    assert failing.fields["reason"].startswith(f"queue {service.request_queue} does not exist at ")  # type: ignore[attr-defined]
+    assert failing.fields["reason"].endswith("create it with --create")  # type: ignore[attr-defined]
+
+
+@over_a_wire
+@pytest.mark.usefixtures("looks_often")
+@pytest.mark.parametrize("missing", ["request_queue", "response_queue"])
+def test_a_queue_that_goes_missing_is_made_anew_with_create(
+    service: Service, maker: ScriptedMaker, here: Here, missing: str
+) -> None:
+    go_on = hold_back(maker)
+    ids = service.submit(1)
+    with here.consuming(create=True):
+        wait_until(lambda: len(maker.requests) == 1)
+        service.delete(getattr(service, missing))
+        go_on.set()
+        wait_until(lambda: service.queues.exists(getattr(service, missing)))
+        ids += service.submit(3, first=1)
+        wait_for_responses(service, 4)
+
+    assert_all_made_once(service, maker, ids)
+
+
+@over_a_wire
+@pytest.mark.usefixtures("looks_often")
+def test_a_drain_of_a_queue_that_goes_missing_ends_and_says_how_to_create_it(
+    service: Service, maker: ScriptedMaker
+) -> None:
+    with service.consumer_here(maker.url, drain=True) as consumer:
+        service.delete(service.request_queue)
+        with pytest.raises(QueueNotFound, match=f"queue {service.request_queue} .* create it with --create"):
+            consumer.run()
 
 
 # Credentials that are refused

@@ -70,6 +70,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
         (widget_consumer, "LONGEST_BACKOFF_S", 0.1),
         (widget_consumer, "LONGEST_PAUSE_S", 0.05),
         (widget_consumer, "CLAIM_PAUSE_S", 0.01),
+        (widget_consumer, "LOOK_AGAIN_S", 0.01),
         (widget_consumer, "LONGEST_CLAIM_PAUSE_S", 0.02),
         (breaker, "FIRST_PAUSE_S", 0.01),
         (breaker, "LONGEST_PAUSE_S", 0.02),
@@ -451,25 +452,37 @@ class FailsToSettle(SqliteQueues):
         return super().settle(claim, settlements)
 
 
-def test_a_response_queue_that_fails_does_not_make_it_hold_the_whole_request_queue(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("settling", ["fails", "is slow"])
+def test_while_nothing_can_be_settled_only_so_much_is_claimed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, settling: str
 ) -> None:
     monkeypatch.setattr(widget_consumer, "STOP_PATIENCE_S", 0.01)
     monkeypatch.setattr(keeper, "LONGEST_PAUSE_S", 0.02)
-    failures = 0
+    go_on = threading.Event()
 
     class NeverSettles(SqliteQueues):
         def settle(self, claim: Claim, settlements: Any) -> Settled:
-            nonlocal failures
-            failures += 1
+            if settling == "is slow":
+                go_on.wait(10)
             raise QueueUnavailable("the response queue is gone")
 
+    asked = 0
+    is_clogged = Consumer._is_clogged
+
+    def watched(self: Consumer) -> bool:
+        nonlocal asked
+        clogged = is_clogged(self)
+        asked += clogged
+        return clogged
+
+    monkeypatch.setattr(Consumer, "_is_clogged", watched)
     bench.post(*[widget_id(number) for number in range(200)])
 
-    with bench.consuming(bench.open(NeverSettles), slots=1):
-        wait_until(lambda: failures > 100)
+    with bench.consuming(bench.open(NeverSettles), slots=1, claim_limit=5):
+        wait_until(lambda: asked > 3)
+        go_on.set()
 
-    assert len(bench.maker.requests) < 100
+    assert 20 < len(bench.maker.requests) <= 5 + 4 * 5 + 2 * 5 + 1
 
 
 def test_a_response_posted_again_has_the_same_response_id(bench: Bench) -> None:
