@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from .errors import ConfigError, MessageRefused
 
@@ -42,14 +42,30 @@ class Message:
     handle: str = field(default="", repr=False)
 
 
+class Outgoing(NamedTuple):
+    """A post of a settlement, as services keep it that post first and delete later. place: among its message's posts.
+
+    text: the document or body as it is sent.
+    """
+
+    message_id: str
+    place: int
+    queue: str
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A batch of messages held by one claim. grace: as it was asked for, in seconds; renewals repeat it."""
+    """A batch of messages held by one claim. grace: as it was asked for, in seconds; renewals repeat it.
+
+    posted: for the service itself; what is stored already is not posted again when a settle is repeated after an error.
+    """
 
     id: str
     queue: str
     messages: tuple[Message, ...]
     grace: int
+    posted: set[Outgoing] = field(default_factory=set, compare=False, repr=False, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,10 @@ import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 from urllib.parse import parse_qsl, urlencode
 
-from .base import JSON, Claim, Limits, Message, Page, Queues, Range, Settled, Settlement, Stats, decode
+from .base import JSON, Claim, Limits, Message, Outgoing, Page, Queues, Range, Settled, Settlement, Stats, decode
 from .errors import (
     ClaimLost,
     ConfigError,
@@ -70,26 +70,15 @@ Results = tuple[dict[str, Entry], dict[str, QueuesError]]
 """Of a batch, by entry id: SQS's answers, and the errors of the other entries."""
 
 
-class Outcome(NamedTuple):
-    """A post of a settlement. place: among the message's posts."""
-
-    message_id: str
-    place: int
-    queue: str
-    text: str
-
-
 @dataclass(frozen=True, slots=True)
 class SqsClaim(Claim):
     """A claim, and what SQS does not remember of it.
 
     asked_at: monotonic time before the receive. until: by message id, the monotonic time up to which it is surely ours.
-    posted: stored, while the message may not be deleted yet: a repeated settle does not post them again.
     """
 
     asked_at: float
     until: dict[str, float] = field(compare=False)
-    posted: set[Outcome] = field(default_factory=set, compare=False)
     deleted: set[str] = field(default_factory=set, compare=False)
 
     def holds(self, message: Message) -> bool:
@@ -281,15 +270,16 @@ class SqsQueues(Queues):
     def _store(self, held: SqsClaim, settlements: Iterable[Settlement]) -> dict[str, QueuesError]:
         """Post what is not posted yet; gives the errors by message id."""
         failed: dict[str, QueuesError] = {}
-        outcomes: list[Outcome] = []
+        outcomes: list[Outgoing] = []
         for each in settlements:
             posts = [(place, post.queue, post.body) for place, post in enumerate(each.posts)]
             try:
-                outcomes += [Outcome(each.message.id, n, name, self.limits.encode(body)) for n, name, body in posts]
+                outcomes += [Outgoing(each.message.id, n, name, self.limits.encode(body)) for n, name, body in posts]
             except MessageRefused as error:
                 failed[each.message.id] = error
         for queue in dict.fromkeys(outcome.queue for outcome in outcomes):
-            wanted = [outcome for outcome in outcomes if outcome.queue == queue and outcome not in held.posted]
+            wanted = [each for each in outcomes if each.queue == queue and each not in held.posted]
+            wanted = [each for each in wanted if each.message_id not in failed]
             entries = {str(number): {"MessageBody": outcome.text} for number, outcome in enumerate(wanted)}
             stored, errors = self._batch("send_message_batch", queue, entries, MessageRefused)
             held.posted.update(wanted[int(number)] for number in stored)

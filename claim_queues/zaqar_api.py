@@ -21,7 +21,7 @@ import requests
 from urllib3.exceptions import HTTPError, InvalidHeader, MaxRetryError
 from urllib3.util import Retry
 
-from .base import JSON, Claim, Limits, Message, Page, Queues, Range, Settled, Settlement, Stats, decode
+from .base import JSON, Claim, Limits, Message, Outgoing, Page, Queues, Range, Settled, Settlement, Stats, decode
 from .errors import (
     ClaimLost,
     ConfigError,
@@ -207,21 +207,23 @@ class ZaqarApi(Queues):
         self._ask(doing, claim.queue, "PATCH", path, LOST_AT_RENEWAL, data=terms)
 
     def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
+        """When it is repeated after an error, what was posted before stays so and is not posted again."""
         refused: dict[str, MessageRefused] = {}
-        posts: dict[str, list[tuple[str, str]]] = {}
+        outcomes: list[Outgoing] = []
         for settlement in settlements:
             for post in settlement.posts:
                 self.limits.check_queue(post.queue)
                 self.limits.check_message_ttl(post.ttl)
+            id_ = settlement.message.id
+            documents = ((post.queue, self._document(post.body, post.ttl)) for post in settlement.posts)
             try:
-                documents = [(post.queue, self._document(post.body, post.ttl)) for post in settlement.posts]
+                outcomes += [Outgoing(id_, place, *document) for place, document in enumerate(documents)]
             except MessageRefused as error:
-                refused[settlement.message.id] = error
-                continue
-            for queue, document in documents:
-                posts.setdefault(queue, []).append((settlement.message.id, document))
-        for queue, found in posts.items():
-            refused |= self._post_outcomes(queue, found)
+                refused[id_] = error
+        for queue in dict.fromkeys(outcome.queue for outcome in outcomes):
+            wanted = [each for each in outcomes if each.queue == queue and each not in claim.posted]
+            wanted = [each for each in wanted if each.message_id not in refused]
+            refused |= self._post_outcomes(queue, wanted, claim.posted)
         kept = [settlement for settlement in settlements if settlement.message.id not in refused]
         self._delete_unfenced(claim.queue, [each.message.id for each in kept if not each.fenced], {claim.id})
         lost = {
@@ -231,18 +233,23 @@ class ZaqarApi(Queues):
         }
         return Settled(frozenset(each.message.id for each in kept) - lost, frozenset(lost), refused)
 
-    def _post_outcomes(self, queue: str, posts: Sequence[tuple[str, str]]) -> dict[str, MessageRefused]:
-        """Post documents by their message's id; where a batch is refused, each alone, to find which it is."""
+    def _post_outcomes(
+        self, queue: str, outcomes: Sequence[Outgoing], posted: set[Outgoing]
+    ) -> dict[str, MessageRefused]:
+        """Post them and note so; where a batch is refused, each alone, to find which it is."""
         accepted: list[str] = []
         refused = {}
         try:
-            self._post_all(queue, [document for _, document in posts], accepted)
+            self._post_all(queue, [each.text for each in outcomes], accepted)
         except MessageRefused:
-            for id_, document in posts[len(accepted) :]:
+            for outcome in outcomes[len(accepted) :]:
                 try:
-                    self._post_all(queue, [document], [])
+                    self._post_all(queue, [outcome.text], [])
+                    posted.add(outcome)
                 except MessageRefused as error:
-                    refused[id_] = error
+                    refused[outcome.message_id] = error
+        finally:
+            posted.update(outcomes[: len(accepted)])
         return refused
 
     def _delete_unfenced(self, queue: str, ids: Sequence[str], claim_ids: Collection[str]) -> None:

@@ -613,18 +613,58 @@ def test_nothing_is_deleted_when_a_post_fails(world: World, queues: CloudQueues,
     assert bodies(queues, responses) == ["created", "created"]
 
 
-def test_a_delete_that_fails_is_repeated_with_the_settlement(
-    world: World, queues: CloudQueues, queue: str, responses: str
+@pytest.mark.parametrize("fenced", [True, False])
+def test_a_delete_that_fails_is_repeated_with_the_settlement_and_its_posts_are_not(
+    world: World, queues: CloudQueues, queue: str, responses: str, fenced: bool
 ) -> None:
-    queues.post(queue, [1])
+    queues.post(queue, [1, 2])
     found = claim(queues, queue)
-    made = [Settlement(found.messages[0], (Post(responses, "created"),), fenced=False)]
+    made = [
+        Settlement(each, (Post(responses, "created"), Post(responses, "created")), fenced=fenced)
+        for each in found.messages
+    ]
     world.answer("DELETE", Reply(503), times=1)
     with pytest.raises(QueueUnavailable):
         queues.settle(found, made)
 
-    assert queues.settle(found, made).deleted == {found.messages[0].id}
+    assert queues.settle(found, made).deleted == {each.id for each in found.messages}
     assert queues.stats(queue).total == 0
+    assert bodies(queues, responses) == ["created"] * 4
+
+
+def test_of_posts_that_were_accepted_half_only_the_others_are_repeated(
+    world: World, queues: CloudQueues, queue: str, responses: str
+) -> None:
+    batch = queues.limits.post_batch
+    queues.post(queue, list(range(2 * batch)))
+    found = claim(queues, queue)
+    assert len(found.messages) == 2 * batch
+    made = [Settlement(each, (Post(responses, each.body),), fenced=False) for each in found.messages]
+    first = iter([world.serve])
+
+    def fail_after_the_first(request: Request) -> Reply:
+        return next(first, lambda _: Reply(503))(request)
+
+    world.answer("POST", fail_after_the_first)
+    with pytest.raises(QueueUnavailable):
+        queues.settle(found, made)
+    world.proxy.answer = world.serve
+
+    assert len(queues.settle(found, made).deleted) == len(made)
+    assert sorted(bodies(queues, responses)) == sorted(each.body for each in found.messages)
+
+
+def test_a_message_whose_first_post_is_refused_gets_no_second(
+    world: World, queues: CloudQueues, queue: str, responses: str
+) -> None:
+    queues.post(queue, [1])
+    found = claim(queues, queue)
+    world.answer("POST", lambda request: Reply(400) if b"letter" in request.body else world.serve(request))
+
+    settled = queues.settle(found, [Settlement(found.messages[0], (Post(queue, "letter"), Post(responses, "failed")))])
+
+    assert list(settled.refused) == [found.messages[0].id]
+    assert queues.stats(responses).total == 0
 
 
 def test_a_body_that_the_service_refuses_stops_no_other(
