@@ -22,7 +22,7 @@ from keyring.backends import chainer, fail, null
 from urllib3.exceptions import HTTPError
 
 from .errors import ConfigError, CredentialsError, QueueUnavailable
-from .zaqar_api import content, reason, retry_after_s
+from .zaqar_api import content, reason, retry_after_s, said_of
 
 for _module, _name, _thing in (
     # From Python 3.10 on collections lacks what oslo.config, as plain pip installs it for pyrax, looks for there, and
@@ -129,7 +129,7 @@ class Identity(RaxIdentity):  # type: ignore[misc]
             raise ConfigError(f"{self._where}: {error}; the URL of identity service v2.0 ends with /v2.0") from error
         except (sdk.ClientException, requests.RequestException, HTTPError) as error:
             asked = getattr(error, "retry_after_s", None)
-            raise QueueUnavailable(f"{self._where}: {error}", retry_after_s=asked) from error
+            raise QueueUnavailable(f"{self._where}: {said_of(error)}", retry_after_s=asked) from error
 
     def queues_url(self, region: str) -> str:
         """Where the service catalog says that the region's Cloud Queues are."""

@@ -40,6 +40,7 @@ from .zaqar_api import (
     limits_of,
     reason,
     retry_after_s,
+    said_of,
     translated,
 )
 
@@ -115,7 +116,7 @@ class ZaqarQueues(ZaqarApi):
             return cls(Connection(cloud=cloud, **options), address)
         except Exception as error:  # what reads clouds.yaml lets through the errors of files and YAML too
             kind, advice = next((row[1:] for row in ERRORS if isinstance(error, row[0])), (ConfigError, ""))
-            raise kind(f"{address}: {error}{advice}") from error
+            raise kind(f"{address}: {said_of(error)}{advice}") from error
 
     def exists(self, queue: str) -> bool:
         """Say whether the queue is listed: API v2 answers everything else as if it were."""

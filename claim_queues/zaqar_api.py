@@ -458,7 +458,15 @@ def translated(error: Exception, what: str, errors: ErrorMap, cause: BaseExcepti
     kind, advice = next(row[1:] for row in errors if isinstance(error, row[0]))
     if kind is QueueUnavailable and _may_have_arrived(cause):
         kind = AnswerLost
-    return _error(kind, f"{what}: {error}{advice}", getattr(error, "retry_after", None) or None)
+    return _error(kind, f"{what}: {said_of(error)}{advice}", getattr(error, "retry_after", None) or None)
+
+
+def said_of(error: BaseException) -> str:
+    """What went wrong: the reason that lies under urllib3's retries, else the SDK's words but for those on versions."""
+    under = error.args[0] if error.args else None
+    if isinstance(under, MaxRetryError) and under.reason:
+        return str(under.reason)
+    return re.sub(r"\.?( Required version range .*)?$", "", str(error), flags=re.DOTALL)
 
 
 def _error(kind: type[QueuesError], message: str, retry_after_s: float | None) -> QueuesError:

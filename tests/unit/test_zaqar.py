@@ -359,6 +359,20 @@ def test_a_server_that_is_gone_is_unavailable(queue, queues, proxy):
         queues.claim(queue, **TERMS, limit=1)
 
 
+def test_a_server_that_was_never_there_is_told_in_one_short_sentence():
+    with (
+        ZaqarQueues.from_url("zaqar://?endpoint=http://127.0.0.1:9&project=x") as queues,
+        pytest.raises(QueueUnavailable) as unavailable,
+    ):
+        queues.exists("queue")
+
+    said = str(unavailable.value).removeprefix("look for queue at zaqar://?endpoint=http://127.0.0.1:9&project=x: ")
+    assert said == (
+        "Unable to find a version discovery document at http://127.0.0.1:9, the service is unavailable or"
+        " misconfigured; is the service up, and a Zaqar with API v2?"
+    )
+
+
 # Posting
 
 
