@@ -20,7 +20,7 @@ from typing import Any
 
 from .base import JSON, Claim, Limits, Message, Page, Queues, Range, Settled, Settlement, Stats, decode
 from .errors import ClaimLost, ConfigError, MessageRefused, StoreError
-from .store import open_store, store_errors, transaction
+from .store import open_store, store_errors, sync, sync_later, transaction
 
 try:
     from inotify_simple import INotify, flags
@@ -71,6 +71,8 @@ CREATE INDEX by_hold ON messages (queue, held_until, place);
 CREATE INDEX by_expiry ON messages (expires) WHERE expires IS NOT NULL;
 """
 
+PLACE = re.compile("([0-9a-f]{8})([0-9a-f]{16})")
+"""A message id: of the file, and of the message in it."""
 ALIVE = "(expires IS NULL OR expires > :now)"
 IN_PLACES = "place IN (SELECT value FROM json_each(:places))"
 HELD_BY_CLAIM = f"{IN_PLACES} AND claim = :claim AND held_until > :now"
@@ -89,12 +91,13 @@ class SqliteQueues(Queues):
         self._clock = clock
         # One connection: threads queue here, only processes meet in SQLite.
         self._lock = threading.Condition(threading.Lock())
-        self._waits = 0
+        self._in_use = 0
         self._watches: list[Any] = []
         self._numbers: dict[str, int] = {}
         self._connection = open_store(path, application_id=APPLICATION_ID, version=SCHEMA_VERSION, schema=SCHEMA)
         with store_errors(path):
             self._store_id: str = self._connection.execute("SELECT id FROM store").get
+            self._log = sync_later(self._connection)
         self._stop_reader, self._stop_writer = socket.socketpair()
 
     def create(self, queue: str) -> None:
@@ -111,10 +114,9 @@ class SqliteQueues(Queues):
         texts = [self.limits.encode(body) for body in bodies]
         if not texts:
             return []
-        with self._writing() as now:
+        with self._writing(wakes=True) as now:
             self._insert(now, [(queue, text, ttl) for text in texts])
             last = self._connection.last_insert_rowid()
-        self._touch()
         return [self._id(place) for place in range(last - len(texts) + 1, last + 1)]
 
     def claim(self, queue: str, *, ttl: int, grace: int, limit: int, wait: float = 0) -> Claim | None:
@@ -149,20 +151,18 @@ class SqliteQueues(Queues):
             except MessageRefused as error:
                 refused[settlement.message.id] = error
         acceptable = [settlement.message for settlement in settlements if settlement.message.id in posts]
-        with self._writing() as now:
+        with self._writing(wakes=any(posts.values())) as now:
             # One transaction: posts and deletes become durable together, so their order here is free.
             rows = self._connection.execute(
                 f"DELETE FROM messages WHERE {HELD_BY_CLAIM} RETURNING place", self._held(claim, acceptable, now)
             )
             deleted = frozenset(self._id(place) for (place,) in rows)
             self._insert(now, [post for id_, found in posts.items() if id_ in deleted for post in found])
-        if any(posts[id_] for id_ in deleted):
-            self._touch()
         return Settled(deleted=deleted, lost=frozenset(posts) - deleted, refused=refused)
 
     def release(self, claim: Claim, messages: Collection[Message] | None = None, *, delay: float = 0) -> None:
         self.limits.check_release(delay=delay)
-        with self._writing(synced=False) as now:
+        with self._writing(synced=False, wakes=True) as now:
             values = self._held(claim, messages, now) | {
                 "until": now + round(delay * 1000),
                 "grace": claim.grace * 1000,
@@ -172,7 +172,6 @@ class SqliteQueues(Queues):
             self._connection.execute(
                 f"UPDATE messages SET claim = NULL, held_until = :until WHERE {HELD_BY_CLAIM}", values
             )
-        self._touch()
 
     def browse(self, queue: str, *, after: str = "", limit: int = 20, claimed: bool = False, wait: float = 0) -> Page:
         if not re.fullmatch("[0-9]{0,18}", after):
@@ -223,8 +222,9 @@ class SqliteQueues(Queues):
     def close(self) -> None:
         self.stop_waiting()
         with self._lock:
-            self._lock.wait_for(lambda: not self._waits)
+            self._lock.wait_for(lambda: not self._in_use)
             self._connection.close()
+            self._log.close()
             self._stop_reader.close()
             for watch in self._watches:
                 watch.close()
@@ -359,8 +359,8 @@ class SqliteQueues(Queues):
 
     def _places(self, ids: Iterable[str]) -> str:
         """The places of these message ids as a JSON array; ids of other files have none."""
-        found = (re.fullmatch(f"{self._store_id}([0-9a-f]{{16}})", id_) for id_ in ids)
-        return json.dumps([int(match[1], 16) for match in found if match])
+        found = (PLACE.fullmatch(id_) for id_ in ids)
+        return json.dumps([int(match[2], 16) for match in found if match and match[1] == self._store_id])
 
     def _held(self, claim: Claim, messages: Collection[Message] | None, now: int) -> dict[str, Any]:
         ids = [message.id for message in (claim.messages if messages is None else messages)]
@@ -373,10 +373,23 @@ class SqliteQueues(Queues):
             yield int(self._clock() * 1000)
 
     @contextmanager
-    def _writing(self, *, synced: bool = True) -> Iterator[int]:
-        """Alone on the file, in a transaction that is durable when the block ends; gives the time in milliseconds."""
-        with self._lock, store_errors(self._path), transaction(self._connection, synced=synced):
-            yield int(self._clock() * 1000)
+    def _writing(self, *, synced: bool = True, wakes: bool = False) -> Iterator[int]:
+        """Alone on the file, in a transaction; gives the time in milliseconds.
+
+        synced: durable when the block has ended. Others may see it before, and what they make of it is durable only
+        with it. wakes: there may be something to claim or browse afterwards.
+        """
+        with store_errors(self._path), self._lock:
+            with transaction(self._connection):
+                yield int(self._clock() * 1000)
+            self._in_use += 1
+        try:
+            if wakes:
+                self._touch()
+            if synced:
+                sync(self._log, self._path)
+        finally:
+            self._use(-1)
 
     def _touch(self) -> None:
         """Wake waiting processes. A changed time stamp is the one event that comes after a commit, not before."""
@@ -394,8 +407,8 @@ class SqliteQueues(Queues):
             yield lambda queue: False
             return
         with ExitStack() as stack:
-            self._count_wait(+1)
-            stack.callback(self._count_wait, -1)
+            self._use(+1)
+            stack.callback(self._use, -1)
             watch = self._take_watch()
             if watch is not None:
                 stack.callback(self._watches.append, watch)
@@ -415,10 +428,12 @@ class SqliteQueues(Queues):
                 return watch
         return None
 
-    def _count_wait(self, change: int) -> None:
+    def _use(self, change: int) -> None:
+        """Count what close() has to wait for: waits and syncs, which do not hold the lock."""
         with self._lock:
-            self._waits += change
-            self._lock.notify_all()
+            self._in_use += change
+            if not self._in_use:
+                self._lock.notify_all()
 
     def _sleep(self, queue: str, deadline: float, watch: Any) -> bool:
         left = deadline - time.monotonic()

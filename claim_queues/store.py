@@ -9,6 +9,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 import apsw
@@ -22,6 +23,7 @@ BUSY_PAUSE_S = 0.0005
 """SQLite's own pauses grow to 100 ms, many times what a transaction takes."""
 FIRST_SOUND_SQLITE = 3_051_003
 SYNCHRONOUS_FULL = 2
+SYNC = getattr(os, "fdatasync", os.fsync)
 
 
 def state_path(name: str) -> Path:
@@ -88,14 +90,8 @@ def store_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def transaction(connection: apsw.Connection, *, synced: bool = True) -> Iterator[None]:
-    """A write transaction. IMMEDIATE: a read that turns into a write fails at once, whatever the busy timeout.
-
-    synced: it survives a power cut once it is over. Others may be gone after one, as if they had never been, in the
-    order of their ends; a crash of the process alone loses neither.
-    """
-    if not synced:
-        connection.execute("PRAGMA synchronous = NORMAL")
+def transaction(connection: apsw.Connection) -> Iterator[None]:
+    """A write transaction. IMMEDIATE: a read that turns into a write fails at once, whatever the busy timeout."""
     try:
         connection.execute("BEGIN IMMEDIATE")
         yield
@@ -104,9 +100,27 @@ def transaction(connection: apsw.Connection, *, synced: bool = True) -> Iterator
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
-    finally:
-        if not synced:
-            connection.execute("PRAGMA synchronous = FULL")
+
+
+def sync_later(connection: apsw.Connection) -> FileIO:
+    """Let commits return before they are synced; gives the file that sync() takes. The caller closes it.
+
+    Nobody has to wait for the disk with the file locked then, and one sync makes all durable that was committed before
+    it, by whatever process. What was not synced may be gone after a power cut, in the order of the commits, as if it
+    had never been; a crash of the process alone loses nothing.
+    """
+    connection.pragma("synchronous", "NORMAL")  # checkpoints are still synced: the file itself cannot be damaged
+    connection.execute("SELECT count(*) FROM sqlite_schema").get  # noqa: B018 the first look makes the log
+    return FileIO(connection.filename_wal)
+
+
+def sync(log: FileIO, path: Path) -> None:
+    """Return once all that was committed to the file survives a power cut."""
+    try:
+        SYNC(log.fileno())
+    except OSError as error:
+        reason = f"{path}: the disk failed ({error.strerror}): what was just written may be lost in a power cut"
+        raise StoreError(reason) from error
 
 
 def _create_private(path: Path) -> None:
