@@ -13,7 +13,7 @@ from claim_queues.keeper import Held, HeldClaim, Keeper, Pause
 from delivery import Answer, Connection, Delivery
 from widget_consumer import POST_SPARE_S, STOP_PATIENCE_S
 
-from .scheduler import NEVER, Process
+from .scheduler import NEVER, Process, Task
 from .world import REQUESTS, SLOWEST_CALL_S, World
 
 EDGE_S = 3.0
@@ -49,6 +49,7 @@ class Promises:
         self.posted: dict[str, set[str]] = {}
         self.excuses: Counter[str] = Counter()
         self.kills: Counter[str] = Counter()
+        self._ready: dict[tuple[Task, str], str] = {}
         self._in_flight: dict[int, Posting] = {}
         self._stopping: dict[Process, float] = {}
         self._exited: set[Process] = set()
@@ -74,7 +75,7 @@ class Promises:
         world, faults = self.world, self.world.plan.faults
         self._exited.add(process)
         world.note("exits", process.name)
-        store, wall = world.store, world.wall()
+        store, now = world.store, world.service_time()
         if (since := self._stopping.get(process)) is not None:
             world.sometimes("stopped in good order")
             took, longest = world.now - since, self.longest_stop_s(calm=not faults & SLOW)
@@ -82,10 +83,10 @@ class Promises:
                 world.broke(f"{process.name} took {took:.1f} s to stop, not {longest:.1f}")
         else:
             world.sometimes("drained by itself")
-            old = [each for each in store.alive(REQUESTS) if each.posted < wall - 300 and not world.wall_ahead]
+            old = [each for each in store.alive(REQUESTS) if each.posted < now - 300 and not world.wall_ahead]
             if any(stored.id not in store.came_again for stored in old) and world.now > world.plan.calm_at:
                 world.broke(f"{process.name} says drained, but {old[0]} is left")
-        held = [each for each in store.alive(REQUESTS) if each.held_until > wall and each.claim]
+        held = [each for each in store.alive(REQUESTS) if each.held_until > now and each.claim]
         mine = [each.id for each in held if store.claims[each.claim][0] is process]
         if mine and process not in self._left and "queue answers lost" not in faults:
             world.broke(f"{process.name} stopped and still holds {mine}")
@@ -94,7 +95,9 @@ class Promises:
 
     def holds(self, held: Held, seconds: float) -> None:
         """The keeper says so: the claim lasts that long by the service's clock too."""
-        self._check_held(self.world.scheduler.task.process, held.message.id, seconds, "held")
+        task = self.world.scheduler.task
+        self._ready[task, held.message.id] = held.of.claim.id
+        self._check_held(task.process, held.message.id, seconds, "held")
 
     def _check_held(self, process: Process, id_: str, seconds: float, what: str) -> None:
         world, store = self.world, self.world.store
@@ -102,16 +105,17 @@ class Promises:
         owner, granted = store.claims.get(stored.claim, (None, 0.0))
         if id_ in store.shared or id_ in store.ended or id_ in store.came_again or granted < world.jumped_at:
             return
-        left = stored.held_until - world.wall()
+        left = stored.held_until - world.service_time()
         if owner is not process or left < seconds:
             world.broke(f"{process.name}: {id_} is not {what} for {seconds:g} s: {left:.2f} s of {stored.claim} left")
 
     def post_starts(self, requests: Mapping[str, JSON], receives: Mapping[str, int]) -> Posting:
-        world, process = self.world, self.world.scheduler.task.process
+        world, task = self.world, self.world.scheduler.task
+        process = task.process
         spare = world.plan.deadline + POST_SPARE_S
         if process.freezes_at != NEVER and process.steps >= process.freezes_at:
             spare -= process.frozen_s  # it may have happened between the look at the claim and now
-        posting = Posting(process, world.now, {id_: world.store.taken[process, id_] for id_ in requests})
+        posting = Posting(process, world.now, {id_: self._ready[task, id_] for id_ in requests})
         for id_, claim in posting.claims.items():
             if spare > 0:
                 self._check_held(process, id_, spare, "safe to POST")
@@ -142,7 +146,7 @@ class Promises:
         for id_, answer in answers.items():
             world.note("answer", process.name, id_, answer.outcome, answer.reason)
             stored = world.store.posted[id_]
-            if stored.claim != posting.claims[id_] or stored.held_until <= world.wall():
+            if stored.claim != posting.claims[id_] or stored.held_until <= world.service_time():
                 world.sometimes("claim ended in mid-POST")
             if answer.outcome is None and not in_outage:
                 world.explain(id_, posting.claims[id_])
@@ -174,10 +178,9 @@ class Promises:
                 world.broke(f"an outcome from nowhere: {id_}")
         asked = set()
         for id_, stored in requests.items():
-            body = json.loads(stored.text)
-            widget_id = body.get("widget_id") if isinstance(body, dict) else None
+            widget_id = store.widget_id(stored)
             asked.add(widget_id)
-            self._check_request(id_, body, widget_id if isinstance(widget_id, str) else None)
+            self._check_request(id_, json.loads(stored.text), widget_id)
         if not maker.widgets.keys() <= asked:
             world.broke(f"widgets from nowhere: {maker.widgets.keys() - asked}")
 
@@ -207,7 +210,7 @@ class Promises:
     def _check_blame(self, id_: str, ill: str | None) -> None:
         """A dead letter only after enough receives that an outage does not explain."""
         world, plan = self.world, self.world.plan
-        if self.counts_missed:
+        if self.counts_missed or id_ in world.store.came_again:
             return
         explained = world.explained.get(id_, set())
         most = plan.max_receives

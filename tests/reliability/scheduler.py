@@ -260,7 +260,7 @@ class Condition:
         lock.release()
         self._waiting.append(task)
         woken = scheduler.park(None if timeout is None else scheduler.now + timeout)
-        if not woken:
+        if task in self._waiting:  # a notify() may meet one whose time is up already
             self._waiting.remove(task)
         lock.acquire()
         lock.depth = depth

@@ -155,6 +155,7 @@ class Simulation:
                 world.broke(f"not drained: {left}")
                 break
             scheduler.sleep(3.0)
+            self._keep_flowing()
         self.closing = True
         world.sometimes("all drained")
         for process in list(self.consumers):
@@ -166,6 +167,13 @@ class Simulation:
         for process in self.consumers:
             world.broke(f"{process.name} does not stop within {longest:g} s")
         self.finished = True
+
+    def _keep_flowing(self) -> None:
+        """What brings the maker down is found out beside others only: alone it would go round until its TTL ends."""
+        world = self.world
+        left = {world.store.widget_id(stored) or "" for stored in world.store.alive(REQUESTS)}
+        if world.now > self.plan.calm_at and any(world.maker.ills.get(id_) == "fells" for id_ in left):
+            self.acknowledged.append(world.store.post(REQUESTS, f'{{"widget_id": "more {world.now:.0f}"}}', None))
 
     def _produce(self, number: int) -> None:
         world, random = self.world, self.random
@@ -331,7 +339,7 @@ def run(scale: float, *, first: int = 0) -> Result:
     seeds = max(1, round(FULL_SIZE * scale))
     marks: Counter[str] = Counter()
     violations: list[str] = []
-    started, hours, switches = time.monotonic(), 0.0, 0
+    started, hours, switches = time.process_time(), 0.0, 0
     for seed in range(first, first + seeds):
         outcome = simulate(seed)
         marks += outcome.marks
@@ -340,14 +348,14 @@ def run(scale: float, *, first: int = 0) -> Result:
         switches += outcome.switches
     if seeds >= ALL_MARKS_WITHIN:
         violations += [f"never reached in {seeds} seeds: {mark}" for mark in MARKS if not marks[mark]]
-    took = time.monotonic() - started
+    took = time.process_time() - started
     figures: dict[str, int | float | str] = {
         "n": seeds,
         "virtual hours": round(hours, 1),
         "thread switches": switches,
         "crashes": sum(number for mark, number in marks.items() if mark.startswith("crash")),
         "marks reached": sum(bool(marks[mark]) for mark in MARKS),
-        "seeds a second": round(seeds / took, 1),
+        "seeds a CPU second": round(seeds / took, 1),
     }
     return Result(figures | {f"mark: {mark}": marks[mark] for mark in sorted(marks)}, violations)
 

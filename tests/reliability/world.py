@@ -95,7 +95,12 @@ class World:
         return self.scheduler.now
 
     def wall(self) -> float:
+        """The consumers' wall clock."""
         return EPOCH_S + self.scheduler.now + self.wall_ahead
+
+    def service_time(self) -> float:
+        """The queue service's clock: the embedded queue has that of its machine."""
+        return self.wall() if self.plan.embedded else EPOCH_S + self.scheduler.now
 
     def sometimes(self, name: str) -> None:
         self.marks[name] += 1
@@ -126,6 +131,10 @@ class World:
     def explain(self, message_id: str, claim: str) -> None:
         self.explained.setdefault(message_id, set()).add(claim)
 
+    def refuse_outcome(self, message_id: str, claim: str) -> None:
+        self.sometimes("outcome refused")
+        self.explain(message_id, claim)
+
     def call(self, name: str, effect: Callable[[], T]) -> T:
         """A call of the queue service: it may fail before or after its effect, and takes its time."""
         uniform = self.random.uniform
@@ -150,7 +159,7 @@ class Store:
     """What the queue service keeps. responses, letters: what was ever posted there, by request id.
 
     ended: how each message left the request queue (`deleted` or `expired`). claims: who got each claim, and when it was
-    granted or renewed. taken: each process's last claim on a message. shared: ids that two claims held at once.
+    granted or renewed. shared: ids that two claims held at once. came_again: those redelivered after their delete.
     """
 
     def __init__(self, world: World) -> None:
@@ -161,13 +170,12 @@ class Store:
         self.posted: dict[str, Stored] = {}
         self.ended: dict[str, str] = {}
         self.claims: dict[str, tuple[Process, float]] = {}
-        self.taken: dict[tuple[Process, str], str] = {}
         self.shared: set[str] = set()
         self.came_again: set[str] = set()
         self.looking: list[Task] = []
 
     def post(self, queue: str, text: str, ttl: int | None) -> str:
-        now = self.world.wall()
+        now = self.world.service_time()
         id_ = f"{queue[0]}{len(self.posted)}"
         stored = self.posted[id_] = Stored(id_, queue, text, now, now + ttl if ttl else math.inf)
         self.queues[queue][id_] = stored
@@ -186,7 +194,7 @@ class Store:
 
     def alive(self, queue: str) -> list[Stored]:
         """The messages in order; what has expired goes first. None expires while it is held."""
-        found, now = self.queues[queue], self.world.wall()
+        found, now = self.queues[queue], self.world.service_time()
         for stored in list(found.values()):
             if stored.expires <= now and stored.held_until <= now:
                 del found[stored.id]
@@ -196,7 +204,7 @@ class Store:
         return list(found.values())
 
     def claim(self, queue: str, ttl: int, grace: int, limit: int) -> tuple[str, list[Stored]]:
-        world, now = self.world, self.world.wall()
+        world, now = self.world, self.world.service_time()
         alive = self.alive(queue)
         taken = [stored for stored in alive if stored.held_until <= now][:limit]
         held = [stored for stored in alive if stored.held_until > now and stored.claim]
@@ -215,7 +223,6 @@ class Store:
                 world.sometimes("claim lapsed and another took the message")
                 world.explain(stored.id, stored.claim)
             stored.claim, stored.held_until = id_, until
-            self.taken[process, stored.id] = id_
             stored.receives += 1
             if stored.expires < until:
                 stored.expires = until + grace
@@ -223,11 +230,11 @@ class Store:
         return id_, taken
 
     def held(self, claim_id: str) -> list[Stored]:
-        now = self.world.wall()
+        now = self.world.service_time()
         return [stored for stored in self.queues[REQUESTS].values() if stored.claim == claim_id and stored.held_until > now]
 
     def renew(self, claim_id: str, ttl: int, grace: int) -> bool:
-        held, until = self.held(claim_id), self.world.wall() + ttl
+        held, until = self.held(claim_id), self.world.service_time() + ttl
         for stored in held:
             stored.held_until = until if self.world.plan.embedded else math.floor(until)
             if stored.expires < until:
@@ -238,7 +245,7 @@ class Store:
 
     def release(self, stored: Stored, delay: float = 0) -> None:
         self.world.note("released", stored.id, round(delay, 3))
-        stored.claim, stored.held_until = "", self.world.wall() + delay if delay else 0.0
+        stored.claim, stored.held_until = "", self.world.service_time() + delay if delay else 0.0
         self.wake()
 
     def delete(self, stored: Stored) -> None:
@@ -262,9 +269,15 @@ class Store:
         del self.ended[stored.id]
         self.wake()
 
+    def widget_id(self, stored: Stored) -> str | None:
+        """What the request asks for; None where it is none."""
+        body = json.loads(stored.text)
+        found = body.get("widget_id") if isinstance(body, dict) else None
+        return found if isinstance(found, str) else None
+
     def message(self, stored: Stored, *, counted: bool) -> Message:
         ttl = None if stored.expires == math.inf else int(stored.expires - stored.posted)
-        age = max(0.0, self.world.wall() - stored.posted)
+        age = max(0.0, self.world.service_time() - stored.posted)
         return Message(stored.id, decode(stored.text), age, ttl, stored.receives if counted else None)
 
 
@@ -301,7 +314,7 @@ class EmbeddedDouble(Queues):
             if scheduler.now >= end or self._stopped:
                 return None
             self._store.looking.append(scheduler.task)
-            wall = self._world.wall()
+            wall = self._world.service_time()
             due = [each.held_until - wall for each in self._store.alive(queue) if each.held_until > wall]
             scheduler.park(min(end, scheduler.now + min([*due, 5.0]) + 0.001))
 
@@ -319,7 +332,7 @@ class EmbeddedDouble(Queues):
         for settlement in settlements:
             id_ = settlement.message.id
             if self._world.chance("outcomes refused", 0.1):
-                self._world.sometimes("outcome refused")
+                self._world.refuse_outcome(id_, claim.id)
                 refused[id_] = MessageRefused("too large")
             elif id_ in held:
                 for post in settlement.posts:
@@ -386,7 +399,9 @@ class ZaqarDouble(zaqar_api.ZaqarApi):
         asked, query = json.loads(options.get("data") or "{}"), options.get("params") or {}
         if method == "POST" and what == "messages":
             if queue != REQUESTS and self._world.chance("outcomes refused", 0.1):
-                self._world.sometimes("outcome refused")
+                for each in asked["messages"]:
+                    request_id = each["body"]["request_id"]
+                    self._world.refuse_outcome(request_id, store.posted[request_id].claim)
                 return 400, {}, {}
             posts = [(json.dumps(each["body"]), each["ttl"]) for each in asked["messages"]]
             return 201, {}, {"resources": [f"/{store.post(queue, text, ttl)}" for text, ttl in posts]}
@@ -408,7 +423,7 @@ class ZaqarDouble(zaqar_api.ZaqarApi):
         """Delete one, fenced, or many, which is not."""
         ids = one or many.partition("ids=")[2].split(",")
         for stored in [stored for stored in self._store.alive(queue) if stored.id in ids]:
-            if one and (stored.claim != claim or stored.held_until <= self._world.wall()):
+            if one and (stored.claim != claim or stored.held_until <= self._world.service_time()):
                 self._world.sometimes("delete lost to the claim's end")
                 return 403
             self._store.delete(stored)
