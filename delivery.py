@@ -81,6 +81,7 @@ class Delivery:
     """One received message on its way to the maker, with the maker's latest answer.
 
     probe: it tries whether the maker is back. alone: so did it the last time, so its failure alone proves nothing.
+    well_before: then its /healthz answered before the POST.
     on_trial: this receive counts against it only once its POST starts. single: it is not to join a batch again.
     """
 
@@ -88,6 +89,7 @@ class Delivery:
     receives: Receives
     probe: bool = False
     alone: bool = False
+    well_before: bool = False
     on_trial: bool = False
     single: bool = False
     answer: Answer = NO_ANSWER

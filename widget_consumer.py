@@ -337,6 +337,8 @@ class Consumer:
 
     def _is_ready(self, delivery: Delivery) -> bool:
         """Whether its claim is surely held for a POST; if not, the message is another's, or goes back."""
+        if delivery.alone:  # before the look at the claim: this may take as long as a POST
+            delivery.well_before = self._maker.is_healthy()
         if self._keeper.holds(delivery.held, self._maker.deadline_s + POST_SPARE_S):
             if delivery.on_trial:
                 self._charge(delivery)
@@ -351,10 +353,9 @@ class Consumer:
     def _post(self, delivery: Delivery, connection: Connection) -> None:
         """POST. One that fails alone, with no other to try, is guilty if the maker is well before and after."""
         started = time.monotonic()
-        well_before = delivery.alone and self._maker.is_healthy()
         headers = delivery.headers(self._settings.request_queue)
         delivery.answer = connection.post(delivery.held.message.body, headers)
-        guilty = well_before and delivery.failure is not None and self._maker.is_healthy()
+        guilty = delivery.well_before and delivery.failure is not None and self._maker.is_healthy()
         self._conclude(delivery, guilty=guilty, seconds=time.monotonic() - started)
 
     def _post_batch(self, batch: list[Delivery], connection: Connection) -> None:

@@ -39,14 +39,14 @@ class Posting:
 class Promises:
     """Watches the consumers of a world; stands for the consumer's log too.
 
-    posted: by message, the claims under which it was POSTed. excuses: how often a POSTed one was excused.
+    posted: by message, when it was first POSTed under each claim. excuses: how often a POSTed one was excused.
     kills: deaths by message. counts_missed: the counts file was locked, so that counts are less exact.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.counts_missed = False
-        self.posted: dict[str, set[str]] = {}
+        self.posted: dict[str, dict[str, float]] = {}
         self.excuses: Counter[str] = Counter()
         self.kills: Counter[str] = Counter()
         self._ready: dict[tuple[Task, str], str] = {}
@@ -87,7 +87,7 @@ class Promises:
             if any(stored.id not in store.came_again for stored in old) and world.now > world.plan.calm_at:
                 world.broke(f"{process.name} says drained, but {old[0]} is left")
         held = [each for each in store.alive(REQUESTS) if each.held_until > now and each.claim]
-        mine = [each.id for each in held if store.claims[each.claim][0] is process]
+        mine = [each.id for each in held if store.claims[each.claim].process is process]
         if mine and process not in self._left and "queue answers lost" not in faults:
             world.broke(f"{process.name} stopped and still holds {mine}")
 
@@ -102,11 +102,13 @@ class Promises:
     def _check_held(self, process: Process, id_: str, seconds: float, what: str) -> None:
         world, store = self.world, self.world.store
         stored = store.posted[id_]
-        owner, granted = store.claims.get(stored.claim, (None, 0.0))
-        if id_ in store.shared or id_ in store.ended or id_ in store.came_again or granted < world.jumped_at:
+        claim = store.claims.get(stored.claim)
+        if id_ in store.shared or id_ in store.ended or id_ in store.came_again:
+            return
+        if claim and claim.renewed < world.jumped_at:
             return
         left = stored.held_until - world.service_time()
-        if owner is not process or left < seconds:
+        if not claim or claim.process is not process or left < seconds:
             world.broke(f"{process.name}: {id_} is not {what} for {seconds:g} s: {left:.2f} s of {stored.claim} left")
 
     def post_starts(self, requests: Mapping[str, JSON], receives: Mapping[str, int]) -> Posting:
@@ -119,10 +121,11 @@ class Promises:
         for id_, claim in posting.claims.items():
             if spare > 0:
                 self._check_held(process, id_, spare, "safe to POST")
-            under = self.posted.setdefault(id_, set())
-            under.add(claim)
-            if receives[id_] < len(under) and id_ not in world.store.came_again:
-                world.broke(f"{id_} is POSTed as received {receives[id_]} times, but it is {len(under)}")
+            under = self.posted.setdefault(id_, {})
+            under.setdefault(claim, world.now)
+            least = 1 + sum(at < world.store.claims[claim].granted for at in under.values())
+            if receives[id_] < least and id_ not in world.store.ended and id_ not in world.store.came_again:
+                world.broke(f"{id_} is POSTed as received {receives[id_]} times, but it is {least}")
         world.note("POST", process.name, *posting.claims)
         for id_, request in requests.items():
             if world.maker.ills.get(request["widget_id"]) == "kills":
@@ -215,8 +218,8 @@ class Promises:
         explained = world.explained.get(id_, set())
         most = plan.max_receives
         if not plan.faults & UNCLEAR:
-            never_posted = explained - self.posted.get(id_, set())
-            explained = explained & self.posted.get(id_, set()) | set(sorted(never_posted)[: most // 2])
+            never_posted = explained - self.posted.get(id_, {}).keys()
+            explained = explained & self.posted.get(id_, {}).keys() | set(sorted(never_posted)[: most // 2])
         if len(explained) < most:
             world.broke(f"{id_} ({ill}) is a dead letter after {len(explained)} receives of its own fault, not {most}")
 
@@ -227,7 +230,7 @@ class Promises:
             return
         if self.kills[id_] > most:
             world.broke(f"{id_} killed {self.kills[id_]} consumers, not {most}")
-        posted = len(self.posted.get(id_, set()))
+        posted = len(self.posted.get(id_, {}))
         if posted > most + self.excuses[id_]:
             world.broke(f"{id_} ({ill}) was POSTed in {posted} receives, not {most}; {self.excuses[id_]} excused")
         if not world.plan.faults and posted > 1 and ill not in ("fails", "hangs", "kills", "fells"):

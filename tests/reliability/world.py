@@ -46,6 +46,15 @@ class Stored:
     receives: int = 0
 
 
+@dataclass(slots=True)
+class Granted:
+    """A claim: whose it is, and the virtual times of its grant and of the last renewal."""
+
+    process: Process
+    granted: float
+    renewed: float
+
+
 @dataclass(frozen=True, slots=True)
 class Outage:
     kind: str
@@ -158,8 +167,7 @@ class World:
 class Store:
     """What the queue service keeps. responses, letters: what was ever posted there, by request id.
 
-    ended: how each message left the request queue (`deleted` or `expired`). claims: who got each claim, and when it was
-    granted or renewed. shared: ids that two claims held at once. came_again: those redelivered after their delete.
+    ended: how each message left the request queue (`deleted` or `expired`). claims: all that were ever granted. shared: ids that two claims held at once. came_again: those redelivered after their delete.
     """
 
     def __init__(self, world: World) -> None:
@@ -169,7 +177,7 @@ class Store:
         self.letters: dict[str, list[dict[str, Any]]] = {}
         self.posted: dict[str, Stored] = {}
         self.ended: dict[str, str] = {}
-        self.claims: dict[str, tuple[Process, float]] = {}
+        self.claims: dict[str, Granted] = {}
         self.shared: set[str] = set()
         self.came_again: set[str] = set()
         self.looking: list[Task] = []
@@ -216,7 +224,7 @@ class Store:
         # Zaqar floors to whole seconds.
         until = now + ttl if world.plan.embedded else math.floor(now) + ttl
         if taken:
-            self.claims[id_] = process, world.now
+            self.claims[id_] = Granted(process, world.now, world.now)
             world.note("claimed", process.name, id_, *[stored.id for stored in taken])
         for stored in taken:
             if stored.claim:
@@ -240,7 +248,7 @@ class Store:
             if stored.expires < until:
                 stored.expires = until + grace
         if held:
-            self.claims[claim_id] = self.claims[claim_id][0], self.world.now
+            self.claims[claim_id].renewed = self.world.now
         return bool(held)
 
     def release(self, stored: Stored, delay: float = 0) -> None:

@@ -31,7 +31,7 @@ from claim_queues import (
     keeper,
 )
 from claim_queues.sqlite import LIMITS, SqliteQueues
-from delivery import RESPONSE_IDS, Maker, MakerMisconfigured
+from delivery import RESPONSE_IDS, Connection, Maker, MakerMisconfigured
 from receive_counts import ReceiveCounts
 from widget_consumer import Consumer, Settings
 
@@ -601,6 +601,23 @@ def test_a_message_that_hangs_alone_is_a_dead_letter_when_the_maker_is_well(benc
 
     (letter,) = bench.dead_letters
     assert (letter["body"], letter["reason"]) == ({"widget_id": A}, "no answer within 0.1 s")
+
+
+def test_the_look_at_healthz_takes_nothing_from_the_time_that_the_claim_is_held_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may take as long as a POST, so the claim is looked at after it."""
+    bench.post(A)
+    bench.maker.answer = lambda request: DOWN
+    steps: list[str] = []
+    is_healthy, holds, post = Maker.is_healthy, keeper.Keeper.holds, Connection.post
+    monkeypatch.setattr(Maker, "is_healthy", lambda *args: steps.append("healthz") or is_healthy(*args))
+    monkeypatch.setattr(keeper.Keeper, "holds", lambda *args: steps.append("holds") or holds(*args))
+    monkeypatch.setattr(Connection, "post", lambda *args: steps.append("POST") or post(*args))
+    bench.drain(max_receives=2)
+    assert len(bench.dead_letters) == 1
+    assert steps.count("healthz") >= 2
+    assert all(before == "holds" for before, step in pairwise(steps) if step == "POST")
 
 
 def test_two_bad_messages_at_the_head_do_not_starve_a_good_one(bench: Bench) -> None:
