@@ -65,6 +65,7 @@ class Scheduler:
         self.restless = 1.0
         self.digest = seed
         self.switches = 0
+        self.finished = False
         self.broken: list[str] = []
         self.killed: Callable[[Process], None] = lambda process: None
         self._hub = getcurrent()
@@ -92,7 +93,7 @@ class Scheduler:
 
     def call_at(self, when: float, function: Callable[..., None], *args: Any) -> None:
         """Call from no thread; the function must not wait."""
-        heapq.heappush(self._timers, (max(when, self.now), next(self._numbers), function, args))
+        heapq.heappush(self._timers, (when, next(self._numbers), function, args))
 
     def step(self) -> None:
         """A point at which another thread may run, and the process may die or freeze."""
@@ -148,11 +149,12 @@ class Scheduler:
         if getcurrent() is not self._hub and self.task.process is process:
             self._hub.switch()
 
-    def run(self, until: Callable[[], bool]) -> None:
-        """Run the threads until the condition holds. Raises Stuck."""
-        while not until():
-            if self._ready:
-                task = self.pick(self._ready)
+    def run(self) -> None:
+        """Run the threads until one sets `finished`. Raises Stuck."""
+        ready = self._ready
+        while not self.finished:
+            if ready:
+                task = self.pick(ready)
                 process = task.process
                 if process.alive and process.frozen_until <= self.now:
                     self.task = task
@@ -160,9 +162,10 @@ class Scheduler:
                     self.digest = (self.digest * 1_000_003 + task.number) & 0xFFFF_FFFF_FFFF
                     task.switch()
                 elif process.alive:
-                    self.call_at(process.frozen_until, self._ready.append, task)
+                    self.call_at(process.frozen_until, ready.append, task)
             elif self._timers:
-                self.now, _, function, args = heapq.heappop(self._timers)
+                when, _, function, args = heapq.heappop(self._timers)
+                self.now = max(self.now, when)
                 function(*args)
             else:
                 raise Stuck("no thread can run, and no timer is set")

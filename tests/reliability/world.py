@@ -157,7 +157,8 @@ class World:
             raise QueueUnavailable("no", retry_after_s=self.random.choice([None, None, 3.0]))
         found = effect()
         self.point(f"{name} done")
-        self.scheduler.sleep(uniform(0.001, 0.02))
+        if self.random.random() < 0.3:
+            self.scheduler.sleep(uniform(0.001, 0.02))
         if self.chance("queue answers lost", 0.05):
             self.sometimes(f"{name}: answer lost")
             raise zaqar_api.AnswerLost("who knows")
@@ -324,7 +325,7 @@ class EmbeddedDouble(Queues):
             self._store.looking.append(scheduler.task)
             wall = self._world.service_time()
             due = [each.held_until - wall for each in self._store.alive(queue) if each.held_until > wall]
-            scheduler.park(min(end, scheduler.now + min([*due, 5.0]) + 0.001))
+            scheduler.park(min(end, scheduler.now + min([*due, 10.0]) + 0.001))
 
     def renew(self, claim: Claim, *, ttl: int, messages: Collection[Message] | None = None) -> None:
         if not self._world.call("renew", lambda: self._store.renew(claim.id, ttl, claim.grace)):
