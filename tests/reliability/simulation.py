@@ -169,11 +169,12 @@ class Simulation:
         self.scheduler.finished = True
 
     def _keep_flowing(self) -> None:
-        """What brings the maker down is found out beside others only: alone it would go round until its TTL ends."""
-        world = self.world
-        left = {world.store.widget_id(stored) or "" for stored in world.store.alive(REQUESTS)}
-        if world.now > self.plan.calm_at and any(world.maker.ills.get(id_) == "fells" for id_ in left):
-            self.acknowledged.append(world.store.post(REQUESTS, f'{{"widget_id": "more {world.now:.0f}"}}', None))
+        """Bad messages are found out beside good ones only: alone, some go round until their TTL ends."""
+        world, store = self.world, self.world.store
+        left = {world.maker.ills.get(store.widget_id(stored) or "") for stored in store.alive(REQUESTS)}
+        if world.now > self.plan.calm_at + 200 and left & {"fails", "hangs", "fells"}:
+            world.sometimes("bad messages alone go round until a good one comes")
+            self.acknowledged.append(store.post(REQUESTS, f'{{"widget_id": "more {world.now:.0f}"}}', None))
 
     def _produce(self, number: int) -> None:
         world, random = self.world, self.random

@@ -628,6 +628,18 @@ def test_two_bad_messages_at_the_head_do_not_starve_a_good_one(bench: Bench) -> 
         wait_until(lambda: bench.outcomes().get(C) == "created")
 
 
+def test_some_that_hang_at_the_head_do_not_starve_a_good_one(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each POST takes longer than the pauses, so that the first would be back before the last has failed."""
+    monkeypatch.setattr(widget_consumer, "LONGEST_BACKOFF_S", 30.0)
+    monkeypatch.setattr(widget_consumer, "BACKOFF_BASE_S", 1.0)
+    bad = [widget_id(number) for number in range(10, 14)]
+    bench.post(*bad, A)
+    bench.maker.answer = only_for(bench.maker, bad, Raw(end="hang"))
+
+    with bench.consuming(slots=1, claim_limit=1, deadline=0.2):
+        wait_until(lambda: bench.outcomes().get(A) == "created")
+
+
 def test_no_more_posts_run_at_once_than_there_are_slots(bench: Bench) -> None:
     bench.post(*[widget_id(number) for number in range(20)])
     gate = threading.Barrier(4)  # passes only when four are there at once
