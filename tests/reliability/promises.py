@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
@@ -11,7 +11,7 @@ from claim_queues import JSON
 from claim_queues.breaker import Breaker, Failure, Verdict
 from claim_queues.keeper import Held, HeldClaim, Keeper, Pause
 from delivery import Answer, Connection, Delivery
-from widget_consumer import POST_SPARE_S, STOP_PATIENCE_S
+from widget_consumer import Consumer, POST_SPARE_S, STOP_PATIENCE_S
 
 from .scheduler import NEVER, Process, Task
 from .world import REQUESTS, SLOWEST_CALL_S, World
@@ -39,7 +39,7 @@ class Posting:
 class Promises:
     """Watches the consumers of a world; stands for the consumer's log too.
 
-    posted: by message, when it was first POSTed under each claim. excuses: how often a POSTed one was excused.
+    posted: by message, when it was first POSTed under each claim. excuses: how often it was excused.
     kills: deaths by message. counts_missed: the counts file was locked, so that counts are less exact.
     """
 
@@ -88,7 +88,7 @@ class Promises:
                 world.broke(f"{process.name} says drained, but {old[0]} is left")
         held = [each for each in store.alive(REQUESTS) if each.held_until > now and each.claim]
         mine = [each.id for each in held if store.claims[each.claim].process is process]
-        if mine and process not in self._left and "queue answers lost" not in faults:
+        if mine and process not in self._left and not faults & {"queue answers lost", "freeze"}:
             world.broke(f"{process.name} stopped and still holds {mine}")
 
     # POSTs
@@ -97,19 +97,16 @@ class Promises:
         """The keeper says so: the claim lasts that long by the service's clock too."""
         task = self.world.scheduler.task
         self._ready[task, held.message.id] = held.of.claim.id
-        self._check_held(task.process, held.message.id, seconds, "held")
+        self._check_held(held.message.id, held.of.claim.id, seconds, "held")
 
-    def _check_held(self, process: Process, id_: str, seconds: float, what: str) -> None:
+    def _check_held(self, id_: str, claim: str, seconds: float, what: str) -> None:
         world, store = self.world, self.world.store
         stored = store.posted[id_]
-        claim = store.claims.get(stored.claim)
         if id_ in store.shared or id_ in store.ended or id_ in store.came_again:
             return
-        if claim and claim.renewed < world.jumped_at:
-            return
         left = stored.held_until - world.service_time()
-        if not claim or claim.process is not process or left < seconds:
-            world.broke(f"{process.name}: {id_} is not {what} for {seconds:g} s: {left:.2f} s of {stored.claim} left")
+        if (stored.claim != claim or left < seconds) and store.claims[claim].renewed >= world.jumped_at:
+            world.broke(f"{id_} is not {what} by {claim} for {seconds:g} s: {stored.claim} has it for {left:.2f} s")
 
     def post_starts(self, requests: Mapping[str, JSON], receives: Mapping[str, int]) -> Posting:
         world, task = self.world, self.world.scheduler.task
@@ -120,7 +117,7 @@ class Promises:
         posting = Posting(process, world.now, {id_: self._ready[task, id_] for id_ in requests})
         for id_, claim in posting.claims.items():
             if spare > 0:
-                self._check_held(process, id_, spare, "safe to POST")
+                self._check_held(id_, claim, spare, "safe to POST")
             under = self.posted.setdefault(id_, {})
             under.setdefault(claim, world.now)
             least = 1 + sum(at < world.store.claims[claim].granted for at in under.values())
@@ -226,7 +223,7 @@ class Promises:
     def _check_receives(self, id_: str, ill: str | None) -> None:
         """Each receive with a POST counts against the message, or was excused."""
         most, world = self.world.plan.max_receives, self.world
-        if id_ in world.store.came_again or self.counts_missed:
+        if id_ in world.store.came_again or id_ in world.store.shared or self.counts_missed:
             return
         if self.kills[id_] > most:
             world.broke(f"{id_} killed {self.kills[id_]} consumers, not {most}")
@@ -256,6 +253,16 @@ class ObservedConnection(Connection):
         self._promises.world.sometimes("a batch failed as a whole" if whole else "a batch was answered")
         self._promises.post_ends(posting, {delivery.id: whole or delivery.answer for delivery in deliveries})
         return whole
+
+
+class ObservedConsumer(Consumer):
+    def __init__(self, promises: Promises, *args: Any, **options: Any) -> None:
+        self._promises = promises
+        super().__init__(*args, **options)
+
+    def _excuse(self, deliveries: Collection[Delivery], **options: Any) -> None:
+        self._promises.excuses.update(delivery.id for delivery in deliveries)
+        super()._excuse(deliveries, **options)
 
 
 class ObservedKeeper(Keeper):
@@ -304,13 +311,8 @@ class ObservedBreaker(Breaker[Delivery]):
     def undecided(self) -> Verdict[Delivery]:
         return self._seen(super().undecided())
 
-    def take_suspects(self) -> list[Delivery]:
-        found = super().take_suspects()
-        self._promises.excuses.update(case.id for case in found)
-        return found
-
     def _seen(self, verdict: Verdict[Delivery]) -> Verdict[Delivery]:
-        self._promises.excuses.update([*(case.id for case in verdict.excused), *verdict.pardoned])
+        self._promises.excuses.update(verdict.pardoned)
         if verdict.opened_by:
             self._mark(f"breaker open: {verdict.opened_by.answer.failure}")
         if verdict.pardoned:

@@ -28,7 +28,7 @@ from receive_counts import ReceiveCounts
 from widget_consumer import Consumer, Settings
 
 from .campaign import Campaign, Result
-from .promises import ObservedBreaker, ObservedConnection, ObservedKeeper, Promises
+from .promises import ObservedBreaker, ObservedConnection, ObservedConsumer, ObservedKeeper, Promises
 from .scheduler import NEVER, Process, Scheduler, Stuck
 from .world import LETTERS, OUTAGES, REQUESTS, RESPONSES, EmbeddedDouble, Outage, Plan, Wire, World, ZaqarDouble
 
@@ -236,7 +236,7 @@ class Simulation:
         counts = ReceiveCounts(
             Path("counts"), REQUESTS, counted_by_service=queues.limits.counts_receives, clock=world.wall
         )
-        consumer = Consumer(queues, maker, counts, self.settings, uniform=self.random.uniform)
+        consumer = ObservedConsumer(self.promises, queues, maker, counts, self.settings, uniform=self.random.uniform)
         self.consumers[process] = consumer
         world.note("starts", process.name)
         try:
@@ -267,8 +267,8 @@ class Simulation:
             self.scheduler.spawn(process, consumer.stop)
 
     def _jump(self) -> None:
-        most = 100.0 if self.plan.embedded else 86_400.0
-        self.world.wall_ahead += self.random.uniform(-most, most)
+        most = 100.0 if self.plan.embedded else 40_000.0
+        self.world.wall_ahead = self.random.uniform(-most, most)
         self.world.jumped_at = self.world.now
         self.world.note("clock jumps", self.world.wall_ahead)
         self.world.sometimes("wall clock jumped")
