@@ -56,9 +56,6 @@ from receive_counts import ReceiveCounts, Receives
 POST_SPARE_S = 5.0
 """A POST starts only while the claim is surely held for the deadline and so much more, to settle in."""
 BACKOFF_BASE_S, LONGEST_BACKOFF_S = 0.5, 300.0
-TRIED_MEANWHILE = 15
-"""So many others can be tried while a message is kept away that failed as they did; else a few that hang, at the head
-of the queue, would be tried in turn for ever, and nothing behind them."""
 MOST_BACKOFFS_PER_SLOT = 5
 MOST_CLAIMS_UNSETTLED = 4
 """So many full claims more may wait to be settled, as usual settlements do; what is claimed is hidden from others."""
@@ -397,7 +394,7 @@ class Consumer:
             self._posting -= 1
             was_open = self._breaker.is_open
             if answer.outcome is None:
-                self._act_on(self._breaker.failed(delivery, probe=delivery.probe, guilty=guilty), seconds)
+                self._act_on(self._breaker.failed(delivery, probe=delivery.probe, guilty=guilty))
             else:
                 took = round(seconds * 1000, 1)
                 log.info(answer.outcome, **delivery.fields(), reason=answer.reason or None, ms=took)
@@ -409,17 +406,16 @@ class Consumer:
             if was_open or answer.outcome is None:
                 self._has_room.notify()  # when to claim next may have changed
 
-    def _act_on(self, verdict: Verdict[Delivery], seconds: float = 0) -> None:
-        """Blame and excuse as the breaker says; when it opens, give back all that waits for a slot.
-
-        seconds: how long the POST took that failed.
-        """
+    def _act_on(self, verdict: Verdict[Delivery]) -> None:
+        """Blame and excuse as the breaker says; when it opens, give back all that waits for a slot."""
         for delivery in verdict.blamed:
             self._blame(delivery)
         with self._counts_written():
             for id_ in verdict.pardoned:  # one message may have been blamed more than once
                 self._counts.excuse([id_])
-        longest_s = min(LONGEST_BACKOFF_S, max(LONGEST_PAUSE_S, TRIED_MEANWHILE * seconds))
+        # Away for longer the longer it lasts, or a few bad ones at the head of the queue would be tried in turn for ever.
+        open_s = time.monotonic() - self._breaker.opened_at if self._breaker.is_open else 0
+        longest_s = min(LONGEST_BACKOFF_S, max(LONGEST_PAUSE_S, open_s))
         self._excuse(verdict.excused, longest_backoff_s=longest_s)
         if verdict.opened_by is not None:
             self._report_maker(verdict.opened_by)

@@ -87,7 +87,8 @@ class Promises:
             if any(stored.id not in store.came_again for stored in old) and world.now > world.plan.calm_at:
                 world.broke(f"{process.name} says drained, but {old[0]} is left")
         held = [each for each in store.alive(REQUESTS) if each.held_until > now and each.claim]
-        mine = [each.id for each in held if store.claims[each.claim].process is process]
+        claims = [(each.id, store.claims[each.claim]) for each in held]
+        mine = [id_ for id_, claim in claims if claim.process is process and claim.renewed >= world.jumped_at]
         if mine and process not in self._left and not faults & {"queue answers lost", "freeze"}:
             world.broke(f"{process.name} stopped and still holds {mine}")
 
