@@ -55,7 +55,7 @@ class Task(greenlet):
 class Scheduler:
     """random: decides everything. now: virtual seconds. restless: how likely a step lets another thread run.
 
-    digest: of all that was decided; equal for two runs of a seed. broken: tracebacks of threads that raised.
+    digest: of all that was decided; equal for two runs of a seed. broken: tracebacks of threads that raised. over: the threads are being thrown away.
     killed: called with a process that dies.
     """
 
@@ -73,7 +73,7 @@ class Scheduler:
         self._timers: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._numbers = itertools.count()
         self._tasks: list[Task] = []  # a killed one must stay referenced: collected, it would run its `finally`
-        self._over = False
+        self.over = False
         self.task: Task
 
     def spawn(self, process: Process, target: Callable[..., object], args: Iterable[Any] = ()) -> Task:
@@ -82,7 +82,7 @@ class Scheduler:
                 target(*args)
             except Exception:
                 self.broken.append(f"{process.name}: {traceback.format_exc()}")
-            if not self._over:
+            if not self.over:
                 for other in task.joining:
                     self.wake(other)
 
@@ -97,7 +97,7 @@ class Scheduler:
 
     def step(self) -> None:
         """A point at which another thread may run, and the process may die or freeze."""
-        if self._over:
+        if self.over:
             return
         task = self.task
         process = task.process
@@ -106,13 +106,13 @@ class Scheduler:
             self.kill(process)
         if process.steps == process.freezes_at:
             process.frozen_until = self.now + process.frozen_s
-        if process.frozen_until > self.now or self.random.random() < self.restless:
+        if process.frozen_until > self.now or (self._ready and self.random.random() < self.restless):
             self._ready.append(task)
             self._hub.switch()
 
     def park(self, until: float | None = None) -> bool:
         """Wait until another thread wakes this one, at most until that time. Says whether it was woken."""
-        if self._over:
+        if self.over:
             raise GreenletExit
         task = self.task
         task.wakes += 1
@@ -174,15 +174,11 @@ class Scheduler:
 
     def end(self) -> None:
         """Throw the threads away; what they still run changes nothing."""
-        self._over = True
+        self.over = True
         for task in self._tasks:
             if not task.dead:
                 task.throw()
         self._tasks.clear()
-
-    @property
-    def over(self) -> bool:
-        return self._over
 
     def threading(self) -> SimpleNamespace:
         """What takes the place of the module `threading`."""

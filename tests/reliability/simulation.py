@@ -59,7 +59,7 @@ class Outcome:
 def make_plan(random: Random) -> tuple[Plan, Settings]:
     quiet = random.random() < 0.1
     faults = frozenset(fault for fault in FAULTS if not quiet and random.random() < 0.25)
-    calm_at = random.uniform(20, 200)
+    calm_at = random.uniform(20, 120)
     claim_ttl = random.choice([60, 60, 90])
     plan = Plan(
         embedded=random.random() < 0.5,
@@ -106,7 +106,7 @@ class Simulation:
     def __init__(self, seed: int, *, trace: Callable[[str], None] | None = None) -> None:
         self.scheduler = Scheduler(seed)
         random = self.random = self.scheduler.random
-        self.scheduler.restless = random.choice([0.02, 0.2, 1.0])
+        self.scheduler.restless = random.choice([0.02, 0.2, 0.7])
         self.scheduler.killed = self._killed
         self.plan, self.settings = make_plan(random)
         self.world = World(self.scheduler, self.plan, trace=trace)
@@ -136,7 +136,7 @@ class Simulation:
         world, random, scheduler = self.world, self.random, self.scheduler
         for _ in range(random.randint(1, 3)):
             self._start_consumer()
-        for number in range(random.randint(1, 3)):
+        for number in range(random.randint(1, 2)):
             self.posting += 1
             scheduler.spawn(Process(f"producer {number}"), self._produce, (number,))
         if "clock jumps" in self.plan.faults:
@@ -154,7 +154,7 @@ class Simulation:
                 left = ", ".join(str(stored) for stored in world.store.alive(REQUESTS))
                 world.broke(f"not drained: {left}")
                 break
-            scheduler.sleep(3.0)
+            scheduler.sleep(5.0)
             self._keep_flowing()
         self.closing = True
         world.sometimes("all drained")
@@ -179,8 +179,8 @@ class Simulation:
     def _produce(self, number: int) -> None:
         world, random = self.world, self.random
         queues, faults = self._open(), self.plan.faults
-        for batch in range(random.randint(1, 3)):
-            world.scheduler.sleep(random.uniform(0, self.plan.calm_at / 3))
+        for batch in range(random.randint(1, 2)):
+            world.scheduler.sleep(random.uniform(0, self.plan.calm_at / 2))
             bodies: list[JSON] = []
             for place in range(random.choice([1, 3, 6])):
                 id_ = f"{number}{batch}{place:02}"
@@ -253,7 +253,7 @@ class Simulation:
         if not self.promises.has_exited(process):
             self.world.crashes += 1
             self.world.note("dies", process.name)
-        self.scheduler.call_at(self.world.now + self.random.uniform(0.1, 10), self._start_consumer)
+        self.scheduler.call_at(self.world.now + self.random.uniform(0.1, 20), self._start_consumer)
 
     def _signal(self) -> None:
         for process in list(self.consumers):
