@@ -23,6 +23,8 @@ LATE_S = 2.0
 HEALTH_S = 10.0
 """Two looks at a silent /healthz."""
 SLOW = frozenset({"slow queue", "slow maker", "freeze", "queue errors", "queue outage", "locked counts"})
+HIDING = SLOW | {"queue answers lost"}
+"""With these a claim may be given up for lost while the service still keeps it."""
 UNCLEAR = frozenset({"crash", "freeze", "queue answers lost", "queue errors", "queue outage", "duplicates"})
 """With these a receive can count against a message that was never POSTed in it."""
 
@@ -89,7 +91,7 @@ class Promises:
         held = [each for each in store.alive(REQUESTS) if each.held_until > now and each.claim]
         claims = [(each.id, store.claims[each.claim]) for each in held]
         mine = [id_ for id_, claim in claims if claim.process is process and claim.renewed >= world.jumped_at]
-        if mine and process not in self._left and not faults & {"queue answers lost", "freeze"}:
+        if mine and process not in self._left and not faults & HIDING:
             world.broke(f"{process.name} stopped and still holds {mine}")
 
     # POSTs
@@ -211,7 +213,7 @@ class Promises:
     def _check_blame(self, id_: str, ill: str | None) -> None:
         """A dead letter only after enough receives that an outage does not explain."""
         world, plan = self.world, self.world.plan
-        if self.counts_missed or id_ in world.store.came_again:
+        if self.counts_missed or id_ in world.store.came_again or id_ in world.store.shared:
             return
         explained = world.explained.get(id_, set())
         most = plan.max_receives

@@ -49,7 +49,10 @@ class Task(greenlet):
         self.process = process
         self.parked = self.woken = False
         self.wakes = 0
-        self.joining: list[Task] = []
+        self.joining: list[Ticket] = []
+
+
+Ticket = tuple[Task, int]
 
 
 class Scheduler:
@@ -83,8 +86,8 @@ class Scheduler:
             except Exception:
                 self.broken.append(f"{process.name}: {traceback.format_exc()}")
             if not self.over:
-                for other in task.joining:
-                    self.wake(other)
+                for ticket in task.joining:
+                    self.wake(ticket)
 
         task = Task(len(self._tasks), process, run, self._hub)
         self._tasks.append(task)
@@ -122,8 +125,13 @@ class Scheduler:
         self._hub.switch()
         return task.woken
 
-    def wake(self, task: Task) -> None:
-        if task.parked:
+    def ticket(self) -> Ticket:
+        """For others to wake this thread from its next park(), and from no other."""
+        return self.task, self.task.wakes + 1
+
+    def wake(self, ticket: Ticket) -> None:
+        task, wakes = ticket
+        if task.parked and task.wakes == wakes:
             task.parked, task.woken = False, True
             self._ready.append(task)
 
@@ -201,7 +209,7 @@ class Lock:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._owner: Task | None = None
-        self._waiting: list[Task] = []
+        self._waiting: list[Ticket] = []
         self.depth = 0
 
     def acquire(self) -> bool:
@@ -212,7 +220,7 @@ class Lock:
         task = scheduler.task
         if self._owner is not task:
             while self._owner is not None:
-                self._waiting.append(task)
+                self._waiting.append(scheduler.ticket())
                 scheduler.park()
             self._owner = task
         self.depth += 1
@@ -242,7 +250,7 @@ class Condition:
     def __init__(self, scheduler: Scheduler, lock: Lock | None = None) -> None:
         self._scheduler = scheduler
         self._lock = lock or Lock(scheduler)
-        self._waiting: list[Task] = []
+        self._waiting: list[Ticket] = []
 
     def __enter__(self) -> bool:
         return self._lock.acquire()
@@ -254,13 +262,13 @@ class Condition:
         scheduler, lock = self._scheduler, self._lock
         if scheduler.over:
             raise GreenletExit
-        task, depth = scheduler.task, lock.depth
+        ticket, depth = scheduler.ticket(), lock.depth
         lock.depth = 1
         lock.release()
-        self._waiting.append(task)
+        self._waiting.append(ticket)
         woken = scheduler.park(None if timeout is None else scheduler.now + timeout)
-        if task in self._waiting:  # a notify() may meet one whose time is up already
-            self._waiting.remove(task)
+        if ticket in self._waiting:  # a notify() may meet one whose time is up already
+            self._waiting.remove(ticket)
         lock.acquire()
         lock.depth = depth
         return woken
@@ -323,5 +331,5 @@ class Thread:
         scheduler = self._scheduler
         end = None if timeout is None else scheduler.now + timeout
         while not self._task.dead and (end is None or scheduler.now < end):
-            self._task.joining.append(scheduler.task)
+            self._task.joining.append(scheduler.ticket())
             scheduler.park(end)

@@ -17,7 +17,7 @@ from claim_queues import sqlite, zaqar_api
 from claim_queues.base import JSON, Claim, Message, Queues, Settled, Settlement, Stats, decode
 from claim_queues.errors import ClaimLost, MessageRefused, QueueUnavailable
 
-from .scheduler import Process, Scheduler, Task
+from .scheduler import Process, Scheduler, Ticket
 
 REQUESTS, RESPONSES, LETTERS = "requests", "responses", "dead-letters"
 EPOCH_S = 1_800_000_000.0
@@ -181,7 +181,7 @@ class Store:
         self.claims: dict[str, Granted] = {}
         self.shared: set[str] = set()
         self.came_again: set[str] = set()
-        self.looking: list[Task] = []
+        self.looking: list[Ticket] = []
 
     def post(self, queue: str, text: str, ttl: int | None) -> str:
         now = self.world.service_time()
@@ -197,8 +197,8 @@ class Store:
         return id_
 
     def wake(self) -> None:
-        for task in self.looking:
-            self.world.scheduler.wake(task)
+        for ticket in self.looking:
+            self.world.scheduler.wake(ticket)
         self.looking.clear()
 
     def alive(self, queue: str) -> list[Stored]:
@@ -212,7 +212,7 @@ class Store:
                 self.world.note("expired", stored.id)
         return list(found.values())
 
-    def claim(self, queue: str, ttl: int, grace: int, limit: int) -> tuple[str, list[Stored]]:
+    def claim(self, queue: str, ttl: int, grace: int, limit: int, *, counted: bool) -> tuple[str, tuple[Message, ...]]:
         world, now = self.world, self.world.service_time()
         alive = self.alive(queue)
         taken = [stored for stored in alive if stored.held_until <= now][:limit]
@@ -236,7 +236,7 @@ class Store:
             if stored.expires < until:
                 stored.expires = until + grace
                 world.sometimes("message outlives its TTL in a claim")
-        return id_, taken
+        return id_, tuple(self.message(stored, counted=counted) for stored in taken)
 
     def held(self, claim_id: str) -> list[Stored]:
         now = self.world.service_time()
@@ -317,12 +317,12 @@ class EmbeddedDouble(Queues):
         self.limits.check_claim(ttl=ttl, grace=grace, limit=limit)
         scheduler, end = self._world.scheduler, self._world.now + wait
         while True:
-            id_, taken = self._world.call("claim", lambda: self._store.claim(queue, ttl, grace, limit))
+            id_, taken = self._world.call("claim", lambda: self._store.claim(queue, ttl, grace, limit, counted=True))
             if taken:
-                return Claim(id_, queue, tuple(self._store.message(each, counted=True) for each in taken), grace)
+                return Claim(id_, queue, taken, grace)
             if scheduler.now >= end or self._stopped:
                 return None
-            self._store.looking.append(scheduler.task)
+            self._store.looking.append(scheduler.ticket())
             wall = self._world.service_time()
             due = [each.held_until - wall for each in self._store.alive(queue) if each.held_until > wall]
             scheduler.park(min(end, scheduler.now + min([*due, 10.0]) + 0.001))
@@ -415,8 +415,8 @@ class ZaqarDouble(zaqar_api.ZaqarApi):
             posts = [(json.dumps(each["body"]), each["ttl"]) for each in asked["messages"]]
             return 201, {}, {"resources": [f"/{store.post(queue, text, ttl)}" for text, ttl in posts]}
         if method == "POST":
-            id_, taken = store.claim(queue, asked["ttl"], asked["grace"], query["limit"])
-            found = [self._shown(store.message(each, counted=False)) for each in taken]
+            id_, taken = store.claim(queue, asked["ttl"], asked["grace"], query["limit"], counted=False)
+            found = [self._shown(message) for message in taken]
             return (201, {"Location": f"/{id_}"}, {"messages": found}) if taken else (204, {}, None)
         if method == "PATCH":
             return (204 if store.renew(more[0], asked["ttl"], asked["grace"]) else 404), {}, None
@@ -456,7 +456,7 @@ class Wire:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._reader: Task | None = None
+        self._reader: Ticket | None = None
         self._received: list[bytes] = []
         self._ended: bytes | OSError | None = None
         self.is_connected = False
@@ -491,7 +491,7 @@ class Wire:
         scheduler = self._world.scheduler
         end = scheduler.now + (self.timeout or 0)
         while not self._received and self._ended is None:
-            self._reader = scheduler.task
+            self._reader = scheduler.ticket()
             if not scheduler.park(end):
                 raise TimeoutError
         self._world.point("POST answered")
