@@ -134,6 +134,8 @@ class World:
         likely = 0.2 if name == self.plan.crash_at else 0.002
         if process.mortal and self.crashes < MOST_CRASHES and self.chance("crash", likely):
             self.sometimes(f"crash at {name}")
+            if name in ("post to responses done", "delete"):
+                self.sometimes("crash between response and delete")
             self.scheduler.kill(process)
         self.scheduler.step()
 
