@@ -202,7 +202,12 @@ class Promises:
             world.broke(f"{id_}: rejected, but the maker would take it")
         if "created" in outcomes and ill in ("invalid", "fails", "hangs", "kills"):
             world.broke(f"{id_}: created, though it {ill}")
-        if plan.embedded and end == "deleted" and id_ not in store.came_again and max(len(responses), 1 + len(letters)) > 2:
+        if (
+            plan.embedded
+            and end == "deleted"
+            and id_ not in store.came_again
+            and max(len(responses), 1 + len(letters)) > 2
+        ):
             world.broke(f"{id_}: {len(responses)} responses and {len(letters)} dead letters in one transaction")
         if any(letter["body"] != body for letter in letters):
             world.broke(f"{id_}: its dead letter has another body")
@@ -231,7 +236,9 @@ class Promises:
         if self.kills[id_] > most:
             world.broke(f"{id_} killed {self.kills[id_]} consumers, not {most}")
         posted = len(self.posted.get(id_, {}))
-        if posted > most + self.excuses[id_] and "freeze" not in world.plan.faults:  # it may POST with a claim long over
+        if (
+            posted > most + self.excuses[id_] and "freeze" not in world.plan.faults
+        ):  # it may POST with a claim long over
             world.broke(f"{id_} ({ill}) was POSTed in {posted} receives, not {most}; {self.excuses[id_]} excused")
         if not world.plan.faults and posted > 1 and ill not in ("fails", "hangs", "kills", "fells"):
             world.broke(f"{id_} was received {posted} times without any fault")

@@ -1,7 +1,7 @@
 """The consumer's own code in a simulated world: one virtual clock, and a seed that decides every step and every fault.
 
-    python -m reliability.simulation --seeds 20000
-    python -m reliability.simulation --seed 17 --trace
+python -m reliability.simulation --seeds 20000
+python -m reliability.simulation --seed 17 --trace
 """
 
 import argparse
@@ -30,7 +30,19 @@ from widget_consumer import Consumer, Settings
 from .campaign import Campaign, Result
 from .promises import ObservedBreaker, ObservedConnection, ObservedConsumer, ObservedKeeper, Promises
 from .scheduler import NEVER, Process, Scheduler, Stuck
-from .world import LETTERS, MOST_CRASHES, OUTAGES, REQUESTS, RESPONSES, EmbeddedDouble, Outage, Plan, Wire, World, ZaqarDouble
+from .world import (
+    LETTERS,
+    MOST_CRASHES,
+    OUTAGES,
+    REQUESTS,
+    RESPONSES,
+    EmbeddedDouble,
+    Outage,
+    Plan,
+    Wire,
+    World,
+    ZaqarDouble,
+)
 
 FULL_SIZE = 20_000
 FAULTS = (

@@ -242,7 +242,9 @@ class Store:
 
     def held(self, claim_id: str) -> list[Stored]:
         now = self.world.service_time()
-        return [stored for stored in self.queues[REQUESTS].values() if stored.claim == claim_id and stored.held_until > now]
+        return [
+            stored for stored in self.queues[REQUESTS].values() if stored.claim == claim_id and stored.held_until > now
+        ]
 
     def renew(self, claim_id: str, ttl: int, grace: int) -> bool:
         held, until = self.held(claim_id), self.world.service_time() + ttl
@@ -450,7 +452,9 @@ def _name(method: str, path: str) -> str:
     _, _, queue, what, *_ = path.split("/")
     if what.startswith("messages"):
         return f"post to {queue}" if method == "POST" else "delete"
-    return {"POST": "claim", "PATCH": "renew", "DELETE": "release"}.get(method, "stats") if what == "claims" else "stats"
+    return (
+        {"POST": "claim", "PATCH": "renew", "DELETE": "release"}.get(method, "stats") if what == "claims" else "stats"
+    )
 
 
 class Wire:
