@@ -413,7 +413,7 @@ class Consumer:
         with self._counts_written():
             for id_ in verdict.pardoned:  # one message may have been blamed more than once
                 self._counts.excuse([id_])
-        # Away for longer the longer it lasts, or a few bad ones at the head of the queue would be tried in turn for ever.
+        # Longer the longer it lasts, or a few bad ones at the head of the queue would be tried in turn for ever.
         open_s = time.monotonic() - self._breaker.opened_at if self._breaker.is_open else 0
         longest_s = min(LONGEST_BACKOFF_S, max(LONGEST_PAUSE_S, open_s))
         self._excuse(verdict.excused, longest_backoff_s=longest_s)

@@ -11,7 +11,7 @@ from claim_queues import JSON
 from claim_queues.breaker import Breaker, Failure, Verdict
 from claim_queues.keeper import Held, HeldClaim, Keeper, Pause
 from delivery import Answer, Connection, Delivery
-from widget_consumer import Consumer, POST_SPARE_S, STOP_PATIENCE_S
+from widget_consumer import POST_SPARE_S, STOP_PATIENCE_S, Consumer
 
 from .scheduler import NEVER, Process, Task
 from .world import REQUESTS, SLOWEST_CALL_S, World

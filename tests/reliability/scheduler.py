@@ -58,8 +58,9 @@ Ticket = tuple[Task, int]
 class Scheduler:
     """random: decides everything. now: virtual seconds. restless: how likely a step lets another thread run.
 
-    digest: of all that was decided; equal for two runs of a seed. broken: tracebacks of threads that raised. over: the threads are being thrown away.
-    killed: called with a process that dies.
+    digest: of all that was decided; equal for two runs of a seed. broken: tracebacks of threads that raised.
+    finished: set by a thread to end run(). over: the threads are being thrown away. killed: called with a process that
+    dies.
     """
 
     def __init__(self, seed: int) -> None:

@@ -29,7 +29,7 @@ from widget_consumer import Consumer, Settings
 
 from .campaign import Campaign, Result
 from .promises import ObservedBreaker, ObservedConnection, ObservedConsumer, ObservedKeeper, Promises
-from .scheduler import NEVER, Process, Scheduler, Stuck
+from .scheduler import Process, Scheduler, Stuck
 from .world import (
     LETTERS,
     MOST_CRASHES,
@@ -61,7 +61,6 @@ MARKS = (
     "a probe failed",
     "a probe passed: breaker closed",
     "a request brings the maker down",
-    "all drained",
     "answer lost after the widget was made",
     "asked again for a widget that exists",
     "bad messages alone go round until a good one comes",
@@ -202,40 +201,47 @@ class Simulation:
         return Outcome(self.scheduler.digest, world.now, self.scheduler.switches, world.marks, world.violations)
 
     def _direct(self) -> None:
-        world, random, scheduler = self.world, self.random, self.scheduler
+        self._begin()
+        self._drain()
+        self._end()
+        self.scheduler.finished = True
+
+    def _begin(self) -> None:
+        random, scheduler, plan = self.random, self.scheduler, self.plan
         for _ in range(random.randint(1, 3)):
             self._start_consumer()
         for number in range(random.randint(1, 2)):
             self.posting += 1
             scheduler.spawn(Process(f"producer {number}"), self._produce, (number,))
-        if "clock jumps" in self.plan.faults:
-            for _ in range(random.randint(1, 3)):
-                scheduler.call_at(random.uniform(0, self.plan.calm_at), self._jump)
-        for outage in self.plan.outages:
+        for fault, happens in [("clock jumps", self._jump), ("sigterm", self._signal)]:
+            for _ in range(random.randint(1, 3) if fault in plan.faults else 0):
+                scheduler.call_at(random.uniform(0, plan.calm_at), happens)
+        for outage in plan.outages:
             if outage.kind == "down":
-                scheduler.call_at(outage.start, world.maker.go_down)
-        if "sigterm" in self.plan.faults:
-            for _ in range(random.randint(1, 3)):
-                scheduler.call_at(random.uniform(0, self.plan.calm_at), self._signal)
-        give_up_at = self.plan.calm_at + LONGEST_DRAIN_S
-        while world.now < self.plan.calm_at or self.posting or world.store.alive(REQUESTS):
-            if world.now > give_up_at:
-                left = ", ".join(str(stored) for stored in world.store.alive(REQUESTS))
-                world.broke(f"not drained: {left}")
+                scheduler.call_at(outage.start, self.world.maker.go_down)
+
+    def _drain(self) -> None:
+        """Wait until all faults are over and the queue is empty."""
+        world, plan = self.world, self.plan
+        while world.now < plan.calm_at or self.posting or world.store.alive(REQUESTS):
+            if world.now > plan.calm_at + LONGEST_DRAIN_S:
+                world.broke(f"not drained: {', '.join(map(str, world.store.alive(REQUESTS)))}")
                 break
-            scheduler.sleep(5.0)
+            self.scheduler.sleep(5.0)
             self._keep_flowing()
+
+    def _end(self) -> None:
+        """Stop all consumers."""
+        world = self.world
         self.closing = True
-        world.sometimes("all drained")
         for process in list(self.consumers):
-            scheduler.call_at(world.now + random.uniform(0, 1), self._stop, process)
+            self.scheduler.call_at(world.now + self.random.uniform(0, 1), self._stop, process)
         longest = self.promises.longest_stop_s(calm=False)
         end = world.now + longest
         while self.consumers and world.now < end:
-            scheduler.sleep(1.0)
+            self.scheduler.sleep(1.0)
         for process in self.consumers:
             world.broke(f"{process.name} does not stop within {longest:g} s")
-        self.scheduler.finished = True
 
     def _keep_flowing(self) -> None:
         """Bad messages are found out beside good ones only: alone, some go round until their TTL ends."""

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Stored:
-    """A message on a queue. claim: the last that took it, empty once it was released. held_until, expires: wall time."""
+    """A message on a queue. claim: the last that took it, empty once it was released. Times are the service's."""
 
     id: str
     queue: str
@@ -170,7 +170,8 @@ class World:
 class Store:
     """What the queue service keeps. responses, letters: what was ever posted there, by request id.
 
-    ended: how each message left the request queue (`deleted` or `expired`). claims: all that were ever granted. shared: ids that two claims held at once. came_again: those redelivered after their delete.
+    ended: how each message left the request queue (`deleted` or `expired`). claims: all that were ever granted.
+    shared: ids that two claims held at once. came_again: those redelivered after their delete.
     """
 
     def __init__(self, world: World) -> None:
@@ -410,27 +411,34 @@ class ZaqarDouble(zaqar_api.ZaqarApi):
     def _act(self, method: str, path: str, options: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
         store, (_, _, queue, what, *more) = self._store, path.split("/")
         asked, query = json.loads(options.get("data") or "{}"), options.get("params") or {}
-        if method == "POST" and what == "messages":
-            if queue != REQUESTS and self._world.chance("outcomes refused", 0.1):
-                for each in asked["messages"]:
-                    request_id = each["body"]["request_id"]
-                    self._world.refuse_outcome(request_id, store.posted[request_id].claim)
-                return 400, {}, {}
-            posts = [(json.dumps(each["body"]), each["ttl"]) for each in asked["messages"]]
-            return 201, {}, {"resources": [f"/{store.post(queue, text, ttl)}" for text, ttl in posts]}
         if method == "POST":
-            id_, taken = store.claim(queue, asked["ttl"], asked["grace"], query["limit"], counted=False)
-            found = [self._shown(message) for message in taken]
-            return (201, {"Location": f"/{id_}"}, {"messages": found}) if taken else (204, {}, None)
+            return self._post_to(queue, asked) if what == "messages" else self._claim_from(queue, asked, query["limit"])
         if method == "PATCH":
             return (204 if store.renew(more[0], asked["ttl"], asked["grace"]) else 404), {}, None
-        if what == "claims":
-            for stored in store.held(more[0]):
-                store.release(stored)
-            return 204, {}, None
         if what == "stats":
             return 200, {}, {"messages": {"free": len(store.alive(queue)), "claimed": 0}}
-        return self._delete(queue, more, what, query.get("claim_id")), {}, None
+        if what != "claims":
+            return self._delete(queue, more, what, query.get("claim_id")), {}, None
+        for stored in store.held(more[0]):
+            store.release(stored)
+        return 204, {}, None
+
+    def _post_to(self, queue: str, asked: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+        store = self._store
+        if queue != REQUESTS and self._world.chance("outcomes refused", 0.1):
+            for each in asked["messages"]:
+                request_id = each["body"]["request_id"]
+                self._world.refuse_outcome(request_id, store.posted[request_id].claim)
+            return 400, {}, {}
+        posts = [(json.dumps(each["body"]), each["ttl"]) for each in asked["messages"]]
+        return 201, {}, {"resources": [f"/{store.post(queue, text, ttl)}" for text, ttl in posts]}
+
+    def _claim_from(self, queue: str, asked: dict[str, Any], limit: int) -> tuple[int, dict[str, str], Any]:
+        id_, taken = self._store.claim(queue, asked["ttl"], asked["grace"], limit, counted=False)
+        found = [
+            {"body": each.body, "href": f"/{each.id}", "age": each.age, "ttl": each.ttl or 1_209_600} for each in taken
+        ]
+        return (201, {"Location": f"/{id_}"}, {"messages": found}) if taken else (204, {}, None)
 
     def _delete(self, queue: str, one: list[str], many: str, claim: str | None) -> int:
         """Delete one, fenced, or many, which is not."""
@@ -441,10 +449,6 @@ class ZaqarDouble(zaqar_api.ZaqarApi):
                 return 403
             self._store.delete(stored)
         return 204
-
-    @staticmethod
-    def _shown(message: Message) -> dict[str, Any]:
-        return {"body": message.body, "href": f"/{message.id}", "age": message.age, "ttl": message.ttl or 1_209_600}
 
 
 def _name(method: str, path: str) -> str:
