@@ -10,6 +10,7 @@ from urllib.parse import unquote
 from claim_queues import JSON
 from claim_queues.breaker import Breaker, Failure, Verdict
 from claim_queues.keeper import Held, HeldClaim, Keeper, Pause
+from claim_queues.store import BUSY_TIMEOUT_S
 from delivery import Answer, Connection, Delivery
 from widget_consumer import POST_SPARE_S, STOP_PATIENCE_S, Consumer
 
@@ -117,6 +118,8 @@ class Promises:
         spare = world.plan.deadline + POST_SPARE_S
         if process.freezes_at != NEVER and process.steps >= process.freezes_at:
             spare -= process.frozen_s  # it may have happened between the look at the claim and now
+        if "locked counts" in world.plan.faults:
+            spare -= BUSY_TIMEOUT_S  # to charge a message that was received often
         posting = Posting(process, world.now, {id_: self._ready[task, id_] for id_ in requests})
         for id_, claim in posting.claims.items():
             if spare > 0:

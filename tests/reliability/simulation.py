@@ -24,6 +24,7 @@ import receive_counts
 import widget_consumer
 from claim_queues import JSON, PostIncomplete, Queues, QueueUnavailable, keeper, zaqar_api
 from claim_queues.base import Claim
+from claim_queues.store import BUSY_TIMEOUT_S
 from receive_counts import ReceiveCounts
 from widget_consumer import Consumer, Settings
 
@@ -363,6 +364,7 @@ def patched(world: World, promises: Promises) -> Iterator[None]:
         if world.chance("locked counts", 0.1):
             promises.counts_missed = True
             world.sometimes("counts file locked")
+            world.scheduler.sleep(BUSY_TIMEOUT_S)
             raise apsw.BusyError
         with TRANSACTION(connection):
             yield
