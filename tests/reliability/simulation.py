@@ -156,7 +156,7 @@ def make_plan(random: Random) -> tuple[Plan, Settings]:
         slots=random.randint(1, 4),
         post_batch=random.choice([1, 1, 4]),
         max_receives=plan.max_receives,
-        poll_interval=random.choice([2.0, 20.0]),
+        poll_interval=random.choice([5.0, 20.0]),
         response_ttl=86_400,
         drain=random.random() < 0.3,
     )
@@ -248,7 +248,7 @@ class Simulation:
         """Bad messages are found out beside good ones only: alone, some go round until their TTL ends."""
         world, store = self.world, self.world.store
         left = {world.maker.ills.get(store.widget_id(stored) or "") for stored in store.alive(REQUESTS)}
-        if world.now > self.plan.calm_at + 200 and left & {"fails", "hangs", "fells"}:
+        if world.now > self.plan.calm_at + 60 and left & {"fails", "hangs", "fells"}:
             world.sometimes("bad messages alone go round until a good one comes")
             self.acknowledged.append(store.post(REQUESTS, f'{{"widget_id": "more {world.now:.0f}"}}', None))
 
@@ -379,7 +379,8 @@ def patched(world: World, promises: Promises) -> Iterator[None]:
         (delivery, "Connection", lambda maker, wire: ObservedConnection(promises, maker, wire)),
         (delivery, "_reach", lambda url: (SimpleNamespace(_new_conn=lambda: Wire(world)), "/widgets", "maker")),
         (delivery, "socket", SimpleNamespace(socket=SimpleNamespace(shutdown=shutdown), SHUT_RDWR=2)),
-        (zaqar_api, "LONGEST_PAUSE_S", 10.0),  # looks of an idle consumer find nothing, and cost the most
+        (zaqar_api, "FIRST_PAUSE_S", 1.0),  # the looks of an idle consumer find nothing, and cost the most
+        (zaqar_api, "LONGEST_PAUSE_S", 10.0),
         (receive_counts, "open_store", lambda *args, **options: SharedCounts()),
         (receive_counts, "transaction", transaction),
     ]
