@@ -125,8 +125,8 @@ class World:
 
     def chance(self, fault: str, likely: float) -> bool:
         """Whether the fault happens now."""
-        faulty = fault in self.plan.faults and self.now < self.plan.calm_at
-        return faulty and self.random.random() < likely
+        plan = self.plan
+        return fault in plan.faults and self.scheduler.now < plan.calm_at and self.random.random() < likely
 
     def point(self, name: str) -> None:
         """A named step: consumers like to die there."""
@@ -207,8 +207,8 @@ class Store:
     def alive(self, queue: str) -> list[Stored]:
         """The messages in order; what has expired goes first. None expires while it is held."""
         found, now = self.queues[queue], self.world.service_time()
-        for stored in list(found.values()):
-            if stored.expires <= now and stored.held_until <= now:
+        for stored in [each for each in found.values() if each.expires <= now]:
+            if stored.held_until <= now:
                 del found[stored.id]
                 self.ended[stored.id] = "expired"
                 self.world.sometimes("message expired")
