@@ -56,7 +56,7 @@ lock:  ## compile the lock files anew (needs uv)
 		--generate-hashes --no-emit-index-url --upgrade --output-file requirements.lock
 	uv pip compile tests/requirements.txt --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --upgrade --output-file tests/requirements.lock
-	for server in zaqar18 zaqar23 sqs; do uv pip compile tests/servers/$$server.txt --universal --python-version 3.11 \
+	for server in zaqar18 zaqar23 sqs fuzz; do uv pip compile tests/servers/$$server.txt --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --upgrade --output-file tests/servers/$$server.lock; done
 
 clean:  ## remove the virtual environments and all caches

@@ -6,9 +6,12 @@ answer of the maker                                     outcome   failure
 any other 5xx but 501, 505; a request that cannot be sent         FAILED
 none, 408, 425, 429, 502, 503, 504                                UNAVAILABLE
 everything else: a redirect, a login, another server              MISCONFIGURED
+
+A POST may be signed, and goes over plain HTTP to this machine alone unless that is allowed.
 """
 
 import email.utils
+import ipaddress
 import json
 import math
 import os
@@ -34,6 +37,7 @@ from claim_queues import JSON, ConfigError, QueuesError
 from claim_queues.breaker import Failure
 from claim_queues.command_line import __version__
 from claim_queues.keeper import Held
+from claim_queues.signing import Signer
 from receive_counts import Receives
 
 CONNECT_TIMEOUT_S = 5.0
@@ -45,8 +49,12 @@ RESPONSE_IDS = uuid.UUID("8f3f2a0c-5d0f-5a52-9c0b-6f1f5f1d2c11")
 
 REJECTING = frozenset({400, 413, 415, 422})
 UNAVAILABLE = frozenset({408, 425, 429, 502, 503, 504})
+REFUSING = frozenset({401, 403, 421})
 NO_POSTS_HERE = frozenset({501, 505})
 """What a plain file server answers to a POST."""
+
+METADATA_SERVICES = frozenset(map(ipaddress.ip_address, ("100.100.100.200", "fd00:ec2::254")))
+"""Where clouds hand out a machine's credentials, beside link-local addresses."""
 
 _HEADERS = {
     "Content-Type": "application/json",
@@ -64,6 +72,7 @@ class Answer:
     """What the maker's answer means: an outcome (`created` or `rejected`), or a failure and no outcome yet.
 
     status: HTTP status, None without an answer. reason: for people. retry_after_s: as the maker asked, or None.
+    refused: it is our maker, and it does not know us or this name of its own; its reason says what to mend.
     """
 
     outcome: str | None
@@ -71,6 +80,7 @@ class Answer:
     status: int | None
     reason: str = ""
     retry_after_s: float | None = None
+    refused: bool = False
 
 
 NO_ANSWER = Answer(None, None, None)
@@ -97,6 +107,11 @@ class Delivery:
     @property
     def id(self) -> str:
         return self.held.message.id
+
+    @property
+    def safe_id(self) -> str:
+        """The id as a header takes it."""
+        return quote(self.id, safe=_SAFE_IN_HEADERS, errors="surrogatepass")
 
     @property
     def failure(self) -> Failure | None:
@@ -129,14 +144,12 @@ class Delivery:
 
     def headers(self, queue: str) -> dict[str, str]:
         """What the POST tells of the message beside the request itself."""
-        message = self.held.message
-        safe_id = quote(message.id, safe=_SAFE_IN_HEADERS, errors="surrogatepass")
         return {
-            "Idempotency-Key": safe_id,
-            "webhook-id": safe_id,
+            "Idempotency-Key": self.safe_id,
+            "webhook-id": self.safe_id,
             "X-Message-Receive-Count": str(self.receives.count),
             "X-Message-Queue": queue,
-            "X-Message-Age": str(int(message.age)),
+            "X-Message-Age": str(int(self.held.message.age)),
         }
 
     def item(self) -> dict[str, JSON]:
@@ -181,16 +194,25 @@ class MakerMisconfigured(QueuesError):
     """What answers at the maker's URL is not our maker, or does not know us; waiting does not mend it."""
 
 
+class ForbiddenAddress(OSError):
+    """The maker's name leads to an address where no maker can be."""
+
+
 class Maker:
     """The widget maker at one URL. deadline_s: wall-clock seconds for one POST, connecting included.
 
+    signer: signs each POST. allow_plain_http: to other machines too, where everybody on the way can read and change it.
+
     requests decides how the maker is reached: certificates are checked (against REQUESTS_CA_BUNDLE, where the
-    environment names it), no proxy, no .netrc. Raises ConfigError for a URL that is no http or https URL or holds
-    credentials, and for an unusable REQUESTS_CA_BUNDLE.
+    environment names it), no proxy, no .netrc. Raises ConfigError for a URL that is no http or https URL, holds
+    credentials or is not allowed, and for an unusable REQUESTS_CA_BUNDLE.
     """
 
-    def __init__(self, url: str, *, deadline_s: float) -> None:
-        _check(url)
+    def __init__(
+        self, url: str, *, deadline_s: float, signer: Signer | None = None, allow_plain_http: bool = False
+    ) -> None:
+        _check(url, allow_plain_http=allow_plain_http)
+        self._signer = signer
         self.url = url
         self.deadline_s = deadline_s
         self._pool, self._target, self._host = _reach(url)
@@ -206,9 +228,11 @@ class Maker:
 
     def request(self, content: JSON, headers: dict[str, str], *, batch: bool = False) -> bytes:
         """The bytes of a POST. ValueError or RecursionError for what cannot be sent."""
-        body = _ENCODE(content).encode()
+        body = _ENCODE(content)
+        if self._signer is not None:
+            headers = headers | self._signer.headers(headers.get("webhook-id", ""), body)
         head = self._head("POST", self._batch_target if batch else self._target, headers)
-        return b"%b\r\nContent-Length: %d\r\n\r\n%b" % (head, len(body), body)
+        return b"%b\r\nContent-Length: %d\r\n\r\n%b" % (head, len(body), body.encode())
 
     def health_request(self) -> bytes:
         """The bytes that ask for /healthz."""
@@ -276,7 +300,9 @@ class Connection:
 
         Returns None, or the answer to the batch as a whole where it does not answer item by item.
         """
-        found = self._post([delivery.item() for delivery in deliveries], {}, batch=True)
+        id_of_all = uuid.uuid5(RESPONSE_IDS, " ".join(delivery.safe_id for delivery in deliveries))
+        headers = {"webhook-id": str(id_of_all)}
+        found = self._post([delivery.item() for delivery in deliveries], headers, batch=True)
         if isinstance(found, Answer):
             return found
         content = _json_object(found.body)
@@ -300,7 +326,8 @@ class Connection:
             return self._exchange(self._maker.request(content, headers, batch=batch), most_bytes=most_bytes)
         except _NO_ANSWER_ERRORS as error:
             self.close()
-            return Answer(None, Failure.UNAVAILABLE, None, self._explain(error))
+            failure = Failure.MISCONFIGURED if isinstance(error, ForbiddenAddress) else Failure.UNAVAILABLE
+            return Answer(None, failure, None, self._explain(error))
         except (ValueError, RecursionError) as error:
             self.close()
             return Answer(None, Failure.FAILED, None, f"the request cannot be sent: {error}"[:MOST_REASON])
@@ -368,6 +395,8 @@ class Connection:
             self._patience_s = self._transport.timeout = min(CONNECT_TIMEOUT_S, self._maker.deadline_s)
             self._transport.connect()
             self._socket = self._transport.sock
+            if is_forbidden(address := self._socket.getpeername()[0]):
+                raise ForbiddenAddress(f"the maker's name leads to {address}, where no maker can be")
         self._check_deadline()
         return cast(socket.socket, self._transport.sock)
 
@@ -446,6 +475,8 @@ def judge(status: int, headers: Mapping[str, str], content: dict[str, Any], widg
     if 300 <= status < 400:  # noqa: PLR2004
         said = f"redirected (HTTP {status}) to {headers.get('location', 'nowhere')[:MOST_REASON]}: not followed"
         return Answer(None, Failure.MISCONFIGURED, status, said)
+    if status in REFUSING and reason is not None:
+        return Answer(None, Failure.MISCONFIGURED, status, f"HTTP {status}: {reason}", refused=True)
     return Answer(None, Failure.MISCONFIGURED, status, f"HTTP {status}, but not as the widget maker answers")
 
 
@@ -481,7 +512,26 @@ def _json_object(body: bytes) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _check(url: str) -> None:
+def is_forbidden(address: str) -> bool:
+    """Whether no maker can be at that IP address: link-local, multicast, or a cloud's metadata service."""
+    found = _ip(address)
+    return found is not None and (found.is_link_local or found.is_multicast or found in METADATA_SERVICES)
+
+
+def _is_this_machine(host: str) -> bool:
+    found = _ip(host)
+    return host.lower() == "localhost" if found is None else found.is_loopback
+
+
+def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        found = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    return getattr(found, "ipv4_mapped", None) or found
+
+
+def _check(url: str, *, allow_plain_http: bool) -> None:
     """Raise ConfigError, which never shows credentials, unless the URL can be POSTed to."""
     try:
         parts = urlsplit(url)
@@ -494,6 +544,14 @@ def _check(url: str) -> None:
     if not usable:
         shown = "" if "@" in url else f" {url}"
         raise ConfigError(f"maker URL{shown}: write http://HOST[:PORT]/PATH or https://...")
+    host = str(parts.hostname)
+    if is_forbidden(host):
+        raise ConfigError(f"maker URL {url}: no maker can be at a link-local, multicast or metadata address")
+    if parts.scheme == "http" and not allow_plain_http and not _is_this_machine(host):
+        raise ConfigError(
+            f"maker URL {url}: everybody on the way could read and change it: use https://, or allow it with"
+            " --allow-plain-http"
+        )
 
 
 def _reach(url: str) -> tuple[Any, str, str]:

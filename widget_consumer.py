@@ -49,6 +49,7 @@ from claim_queues.command_line import (
     run_until_signal,
 )
 from claim_queues.keeper import End, Held, Keeper
+from claim_queues.signing import load_signer, signing_options
 from claim_queues.store import state_path
 from delivery import Connection, Delivery, Maker, MakerMisconfigured
 from receive_counts import ReceiveCounts, Receives
@@ -68,6 +69,7 @@ STOP_PATIENCE_S = 10.0
 """How long a queue service that fails may hold up the end; what is not given back then waits for its claim's end."""
 
 NOT_OUR_MAKER = "this is not our widget maker: check --maker-url"
+REFUSED_BY_MAKER = "the maker refuses us: its reason says what to mend"
 
 log = Log("widget_consumer")
 
@@ -198,7 +200,7 @@ class Consumer:
                 decide_at = self._breaker.decide_at
                 if self._breaker.is_open:
                     if now >= self._hopeless_at():
-                        raise MakerMisconfigured(f"{self._maker.url}: {NOT_OUR_MAKER}; the queue is as it was")
+                        raise MakerMisconfigured(f"{self._maker.url}: {self._reported}; the queue is as it was")
                     busy = bool(self._waiting or self._posting)
                     if not busy and now >= self._breaker.next_probe_at:
                         return self._probe
@@ -424,7 +426,9 @@ class Consumer:
     def _report_maker(self, delivery: Delivery) -> None:
         """One line when the maker goes, and when what is wrong with it changes."""
         misconfigured = delivery.failure is Failure.MISCONFIGURED
-        event = NOT_OUR_MAKER if misconfigured else "the maker is unavailable: probing until it is back"
+        event = "the maker is unavailable: probing until it is back"
+        if misconfigured:
+            event = REFUSED_BY_MAKER if delivery.answer.refused else NOT_OUR_MAKER
         if event != self._reported:
             say = log.error if misconfigured else log.warning
             say(event, url=self._maker.url, reason=delivery.answer.reason)
@@ -572,6 +576,8 @@ def serve_metrics(consumer: Consumer, port: int) -> None:
 @click.command(context_settings=SETTINGS)
 @queue_options("request", "response", "dead-letter")
 @option("--maker-url", default="http://127.0.0.1:5000/widgets", help="Where requests are POSTed.")
+@option("--allow-plain-http", is_flag=True, help="POST over http:// to other machines too.")
+@signing_options
 @option("--claim-ttl", type=WholeNumber(60, 43_200, "seconds"), default=300, help="Seconds a claim holds its messages.")
 @option(
     "--grace", type=WholeNumber(60, 43_200, "seconds"), default=60, help="Seconds a claimed message outlives its claim."
@@ -617,7 +623,12 @@ def cli(ctx: click.Context, /, **given: Any) -> None:
     if given["deadline"] > given["claim_ttl"] - 10:
         raise ConfigError(f"--deadline {given['deadline']:g}: must be at most --claim-ttl less 10 seconds")
     distinct(given["request_queue"], given["response_queue"], given["dead_letter_queue"])
-    maker = Maker(given["maker_url"], deadline_s=given["deadline"])
+    maker = Maker(
+        given["maker_url"],
+        deadline_s=given["deadline"],
+        signer=load_signer(given["signing_secret_file"], given["signing_secret_keyring"]),
+        allow_plain_http=given["allow_plain_http"],
+    )
     with open_queues(given["queue_url"]) as queues:
         settings = _settings(ctx, queues, given)
         require_queues(queues, settings.queues, create=settings.create)

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import click
 from flask import Flask, Response, render_template, request
 from granian import Granian
 from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP1Settings
 from granian.log import LogLevels
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, disable_created_metrics, generate_latest
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
@@ -44,6 +46,7 @@ from claim_queues.command_line import (
     run,
 )
 from claim_queues.errors import ConfigError, QueuesError, QueueUnavailable
+from claim_queues.signing import BadSignature, Signer, load_signer, signing_options
 from claim_queues.store import BUSY_TIMEOUT_S, open_store, state_path, store_errors, transaction
 
 APPLICATION_ID, SCHEMA_VERSION = 0x57444754, 1
@@ -55,6 +58,12 @@ NEWEST = 2**63 - 1
 
 MOST_BODY_BYTES = 65_536
 MOST_BATCH_BYTES = 20 * MOST_BODY_BYTES
+MOST_LEVELS, MOST_KEYS = 32, 64
+"""How deep a request may be nested, and how many keys each of its objects may have."""
+MOST_HEAD_BYTES = 65_536
+MOST_READERS = 256
+"""Bodies that are read at once: each takes one of the server's 512 threads, and nothing ends one that stalls."""
+MOST_HOSTS_LOGGED = 100
 MOST_PER_PAGE = 100
 RETRY_AFTER_S = 1
 LONGEST_STOP_S = 1
@@ -230,6 +239,39 @@ class Numbers:
         self.faults = counter("faults", "Faults played on purpose.", ["fault"])
 
 
+class Bodies:
+    """The bodies of POSTs. signer: only what it has signed is taken; None takes all."""
+
+    def __init__(self, signer: Signer | None) -> None:
+        self._signer = signer
+        self._readers = threading.BoundedSemaphore(MOST_READERS)
+
+    def read(self, most_bytes: int) -> Any:
+        """The JSON value that the current request brings; Refused or RequestEntityTooLarge says what is wrong."""
+        check_media_type()
+        request.max_content_length = most_bytes + 1
+        if not self._readers.acquire(blocking=False):
+            raise Refused(503, "busy", "too many bodies are on their way: try again later")
+        try:
+            body = request.get_data(cache=False)
+        finally:
+            self._readers.release()
+        if len(body) > most_bytes:
+            raise RequestEntityTooLarge(f"a request may have {most_bytes:,} bytes")
+        if request.content_length not in (None, len(body)):
+            raise Refused(400, "bad_body", "the body is shorter than its Content-Length")
+        self._check_signature(body)
+        return parse_json(body)
+
+    def _check_signature(self, body: bytes) -> None:
+        if self._signer is None:
+            return
+        try:
+            self._signer.check(dict(request.headers), body)
+        except BadSignature as error:
+            raise Refused(401, "bad_signature", f"Standard Webhooks: {error}") from error
+
+
 class Making:
     """From requests to widgets, with the faults that are played on the way."""
 
@@ -268,9 +310,15 @@ class Making:
         return widget, 201 if is_new else 200
 
 
-def create_app(database: Path, faults: Faults = NO_FAULTS, allowed_hosts: Collection[str] = LOCAL_HOSTS) -> Flask:
-    """The maker as a WSGI application. allowed_hosts: names in lower case, without port, to answer to.
+def create_app(
+    database: Path,
+    faults: Faults = NO_FAULTS,
+    allowed_hosts: Collection[str] = LOCAL_HOSTS,
+    signer: Signer | None = None,
+) -> Flask:
+    """The maker as a WSGI application.
 
+    allowed_hosts: names in lower case, without port, to answer to. signer: only what it has signed is made.
     Raises StoreError or QueueUnavailable where the database cannot be used.
     """
     app = Flask(__name__)
@@ -279,20 +327,27 @@ def create_app(database: Path, faults: Faults = NO_FAULTS, allowed_hosts: Collec
     widgets, numbers = Widgets(database), Numbers()
     _guard(app, allowed_hosts)
     _answer_errors(app, numbers)
-    _add_post(app, Making(widgets, faults, numbers), widgets, numbers)
+    _add_post(app, Making(widgets, faults, numbers), Bodies(signer), widgets, numbers)
     _add_views(app, widgets, numbers)
     return app
 
 
 def _guard(app: Flask, allowed_hosts: Collection[str]) -> None:
     """Keep other web sites out: none may write here through a browser, or read here under a name of its own."""
+    logged: set[str] = set()
+
+    def refuse(host: str) -> Refused:
+        if host not in logged and len(logged) < MOST_HOSTS_LOGGED:
+            logged.add(host)
+            log.warning("asked by a name that is none of its own: --allowed-host adds one", host=host)
+        return Refused(421, "host_not_allowed", f"Host {host!r} is no name of this maker: its --allowed-host adds one")
 
     @app.before_request
     def check_host_and_origin() -> None:
         host = request.headers.get("Host", "").lower()
         name = HOST.fullmatch(host)
         if not name or name[1] not in allowed_hosts:
-            raise Refused(421, "host_not_allowed", f"Host {one_line(host, 80)!r} is no name of this maker")
+            raise refuse(one_line(host, 80))
         if request.method not in ("GET", "HEAD"):
             origin = request.headers.get("Origin")
             is_foreign = origin is not None and origin.lower().partition("://")[2] != host
@@ -312,6 +367,8 @@ def _answer_errors(app: Flask, numbers: Numbers) -> None:
         code = error.error_code if isinstance(error, Refused) else error.name.lower().replace(" ", "_")
         response.data = json.dumps(error_body(code, error.description))
         response.content_type = "application/json"
+        if error.code == HTTPStatus.UNAUTHORIZED:
+            response.headers["WWW-Authenticate"] = "StandardWebhooks"
         if response.status.startswith("4"):
             numbers.rejections.labels(code).inc()
         elif response.status.startswith("503"):
@@ -324,12 +381,11 @@ def _answer_errors(app: Flask, numbers: Numbers) -> None:
         return answer(Refused(503, "store_unavailable", "the widgets cannot be used now: try again later"))
 
 
-def _add_post(app: Flask, making: Making, widgets: Widgets, numbers: Numbers) -> None:
+def _add_post(app: Flask, making: Making, bodies: Bodies, widgets: Widgets, numbers: Numbers) -> None:
     @app.post("/widgets")
     def make_one() -> Any:
         making.play_outage()
-        check_media_type()
-        (answer,) = making.make([parse_json(request.get_data(cache=False), MOST_BODY_BYTES)])
+        (answer,) = making.make([bodies.read(MOST_BODY_BYTES)])
         if isinstance(answer, Refused):
             raise answer
         return answer
@@ -337,9 +393,7 @@ def _add_post(app: Flask, making: Making, widgets: Widgets, numbers: Numbers) ->
     @app.post("/widgets/batch")
     def make_batch() -> Any:
         making.play_outage()
-        check_media_type()
-        request.max_content_length = MOST_BATCH_BYTES + 1
-        batch = parse_batch(parse_json(request.get_data(cache=False), MOST_BATCH_BYTES))
+        batch = parse_batch(bodies.read(MOST_BATCH_BYTES))
         answers = []
         for message_id, answer in zip(batch, making.make(list(batch.values())), strict=True):
             if isinstance(answer, Refused):
@@ -401,10 +455,8 @@ def check_media_type() -> None:
         raise Refused(415, "unsupported_media_type", "send the body without Content-Encoding")
 
 
-def parse_json(body: bytes, most_bytes: int) -> Any:
-    """The JSON value of a body; Refused or RequestEntityTooLarge says what is wrong with it."""
-    if len(body) > most_bytes:
-        raise RequestEntityTooLarge(f"a request may have {most_bytes:,} bytes")
+def parse_json(body: bytes) -> Any:
+    """The JSON value of a body; Refused says what is wrong with it."""
     try:
         content = json.loads(body.decode(), object_pairs_hook=_object)
         json.dumps(content, ensure_ascii=False, allow_nan=False).encode()  # Python reads NaN and lone surrogates too
@@ -419,7 +471,23 @@ def parse_request(content: Any) -> str:
         raise Refused(400, "bad_json", "the body is no JSON object")
     if "widget_id" not in content:
         raise Refused(422, "bad_widget_id", "widget_id is missing")
+    check_nesting(content)
     return parse_widget_id(content["widget_id"])
+
+
+def check_nesting(content: Any) -> None:
+    """Refuse what is nested too deep or has an object with too many keys."""
+    level = [content]
+    for _ in range(MOST_LEVELS):
+        objects = [value for value in level if isinstance(value, dict)]
+        if any(len(value) > MOST_KEYS for value in objects):
+            raise Refused(422, "too_complex", f"an object has more than {MOST_KEYS} keys")
+        inner: list[Any] = [value for value in level if isinstance(value, list)]
+        inner += [value.values() for value in objects]
+        level = [value for values in inner for value in values]
+        if not level:
+            return
+    raise Refused(422, "too_complex", f"it is nested more than {MOST_LEVELS} levels deep")
 
 
 def parse_batch(content: Any) -> dict[str, Any]:
@@ -499,6 +567,7 @@ def serve(load: Callable[[], Flask], address: str, port: int) -> None:
         port=port,
         interface=Interfaces.WSGI,
         http=HTTPModes.http1,
+        http1_settings=HTTP1Settings(max_buffer_size=MOST_HEAD_BYTES),
         websockets=False,
         workers_kill_timeout=LONGEST_STOP_S,
         log_level=LogLevels.error,
@@ -551,6 +620,7 @@ class OutageType(click.ParamType[tuple[float, float]]):
 @option("--port", type=WholeNumber(1, 65_535), default=5000, help="Port to listen at.")
 @option("--database", metavar="FILE", help="SQLite file of the widgets.  [default: one file per user]")
 @option("--allowed-host", metavar="NAME", multiple=True, help="Another name to answer to in a Host header.")
+@signing_options
 @option("--fail-rate", type=Number(0, 1), default=0.0, help="Fault: the share of valid POSTs to answer 500.")
 @option("--latency", type=Number(0, 3600, "seconds"), default=0.0, help="Fault: seconds before a valid POST's answer.")
 @option("--fault-id", metavar="ID", multiple=True, help="Let these two faults strike only this widget id.")
@@ -563,7 +633,8 @@ class OutageType(click.ParamType[tuple[float, float]]):
 def cli(**given: Any) -> None:
     """Serve the widget maker, and a page that shows what it has made.
 
-    Runs until SIGTERM or Ctrl-C. Exit codes: 0 stopped, 1 failed, 2 usage, 5 the database cannot be used.
+    Runs until SIGTERM or Ctrl-C.
+    Exit codes: 0 stopped, 1 failed, 2 usage, 4 credentials, 5 the database cannot be used.
     """
     log_options = given["log_format"], given["log_level"]
     configure_logging(*log_options)
@@ -575,11 +646,12 @@ def cli(**given: Any) -> None:
     )
     host = f"[{given['host']}]" if ":" in given["host"] else given["host"]
     allowed_hosts = {*LOCAL_HOSTS, *map(check_host_name, [host, *given["allowed_host"]])}
+    signer = load_signer(given["signing_secret_file"], given["signing_secret_keyring"])
     database = Path(given["database"]).absolute() if given["database"] else state_path("widgets.sqlite3")
     Widgets(database).close()  # what is wrong with it shows here, before anything is served
     address = find_address(given["host"], given["port"])
     log.info("making widgets", url=f"http://{host}:{given['port']}/", database=database)
-    serve(partial(_load, log_options, database, faults, allowed_hosts), address, given["port"])
+    serve(partial(_load, log_options, database, faults, allowed_hosts, signer), address, given["port"])
 
 
 def main() -> None:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import keyring
 import requests
-from keyring.backends import chainer, fail, null
 from urllib3.exceptions import HTTPError
 
+from . import keyrings
 from .errors import ConfigError, CredentialsError, QueueUnavailable
 from .zaqar_api import content, reason, retry_after_s, said_of
 
@@ -66,27 +65,7 @@ def api_key(user: str) -> str:
 
     Raises CredentialsError, which says what to do, where there is none or where keyring has no safe place for it.
     """
-    then = f"then store the API key: keyring set pyrax {user}"
-    try:
-        backend = keyring.get_keyring()
-        backends = backend.backends if isinstance(backend, chainer.ChainerBackend) else [backend]
-        usable = [found for found in backends if not isinstance(found, fail.Keyring | null.Keyring)]
-        plain = [found for found in backends if type(found).__module__.startswith("keyrings.alt.")]
-        key = keyring.get_password("pyrax", user) if usable and not plain else None
-    except Exception as error:  # a backend is a plug-in, and raises what it likes
-        reason = f"{type(error).__name__}: {error}"
-        raise CredentialsError(f"keyring failed ({reason}): mend, unlock or choose its backend, {then}") from error
-    if plain:
-        name = f"{type(plain[0]).__module__}.{type(plain[0]).__name__}"
-        raise CredentialsError(f"keyring keeps secrets in plain text ({name}): choose another backend, {then}")
-    if not usable:
-        raise CredentialsError(
-            f"keyring has no usable backend ({type(backend).__module__}): start GNOME Keyring or KWallet, or use"
-            f" macOS's or Windows's own, {then}"
-        )
-    if not key:
-        raise CredentialsError(f"keyring has no API key of {user} for pyrax: keyring set pyrax {user}")
-    return str(key)
+    return keyrings.secret("pyrax", user, what="API key")
 
 
 class Identity(RaxIdentity):  # type: ignore[misc]

@@ -22,7 +22,7 @@ import widget_maker
 import widget_producer
 from claim_queues import open_queues
 
-USAGE, STORE = 2, 5
+USAGE, CREDENTIALS, STORE = 2, 4, 5
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ QUEUE_URL = Values(
     )
 )
 MAKER_URL = Values(("ftp://x/", "//host/x", "http:///x", "http://exa mple/", "http://x:99999/", "http://x:abc/", "x"))
+SECRET_FILE = Values(("whsec_" + "A" * 43 + "=",))
 CLAIM_TTL, GRACE, TTL = whole(60, 43_200), whole(60, 43_200), whole(60, 1_209_600)
 DEADLINE = decimal(0.1, 43_190)
 CHOICES = Values(("xml", "TEXT", ""))
@@ -115,6 +116,9 @@ SCRIPTS = {
         | LOGGING
         | {
             "--maker-url": MAKER_URL,
+            "--allow-plain-http": FLAG,
+            "--signing-secret-file": SECRET_FILE,
+            "--signing-secret-keyring": TEXT,
             "--claim-ttl": CLAIM_TTL,
             "--grace": GRACE,
             "--claim-limit": whole(1, 20),
@@ -138,6 +142,8 @@ SCRIPTS = {
             "--port": whole(1, 65_535),
             "--database": TEXT,
             "--allowed-host": TEXT,
+            "--signing-secret-file": SECRET_FILE,
+            "--signing-secret-keyring": TEXT,
             "--fail-rate": decimal(0, 1),
             "--latency": decimal(0, 3600),
             "--fault-id": TEXT,
@@ -269,6 +275,25 @@ def test_a_usage_error_leaves_no_file_behind(tmp_path: Path) -> None:
     for options in (["--ttl", "59"], ["--ids-file", "missing"], ["--request-queue", "a", "--response-queue", "a"]):
         SCRIPTS["producer"].run(*options)
     assert [path.name for path in tmp_path.rglob("*")] == ["here"]
+
+
+@pytest.mark.parametrize("script", [SCRIPTS["consumer"], SCRIPTS["maker"]], ids=["consumer", "maker"])
+@pytest.mark.parametrize(
+    "content",
+    [None, "", "whsec_" + "A" * 28, "A" * 43 + "=", "whsec_!", "whsk_" + "A" * 43 + "=", "whsec_\n\n"],
+    ids=lambda content: str(content)[:20],
+)
+def test_a_signing_secret_that_is_missing_or_weak_is_exit_4(
+    script: Script, content: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "secret"
+    if content is not None:
+        path.write_text(content)
+    assert_refused(script.run("--signing-secret-file", path), CREDENTIALS, hint=str(path))
+    for nowhere in ("", "/", "missing/secret"):
+        assert_refused(script.run("--signing-secret-file", nowhere), CREDENTIALS)
+    assert_refused(script.run("--signing-secret-file", path, "--signing-secret-keyring", "me"), USAGE)
+    assert [path.name for path in tmp_path.rglob("*.sqlite3")] == []
 
 
 # Files

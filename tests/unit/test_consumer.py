@@ -352,6 +352,26 @@ def test_a_wrong_maker_costs_a_message_nothing_and_says_what_to_mend(
     ]
 
 
+@pytest.mark.parametrize("status", [401, 403, 421])
+def test_a_maker_that_refuses_us_is_told_of_in_its_own_words(
+    bench: Bench, status: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(widget_consumer, "MISCONFIGURED_DRAIN_S", 0.3)
+    (message_id,) = bench.post(A)
+    bench.maker.answer = lambda request: Reply(status, {"error": {"code": "c", "message": "mend this"}})
+
+    with pytest.raises(MakerMisconfigured, match="the maker refuses us"):
+        bench.drain(max_receives=1)
+
+    assert (bench.left.free, bench.responses, bench.dead_letters) == (1, [], [])
+    assert bench.counts[message_id].charged == 0
+    (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert (record.getMessage(), record.fields["reason"]) == (
+        "the maker refuses us: its reason says what to mend",
+        f"HTTP {status}: mend this",
+    )
+
+
 def test_a_redirect_is_not_followed(bench: Bench) -> None:
     bench.post(A)
     with ScriptedMaker() as elsewhere:

@@ -20,12 +20,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import example, given
 from hypothesis import strategies as st
 from scripted_maker import Raw, Reply, Request, ScriptedMaker
+from signing_double import KEY, OLD_KEY, OLD_SECRET, SECRET, sign
 from support import free_port, wait_until
 
 import delivery as delivery_module
 from claim_queues import Claim, ConfigError, Message
 from claim_queues.breaker import Failure
 from claim_queues.keeper import Held, HeldClaim
+from claim_queues.signing import Signer
 from delivery import MOST_REASON, NO_ANSWER, Answer, Connection, Delivery, Maker, parse_retry_after
 from receive_counts import Receives
 
@@ -191,6 +193,16 @@ def test_an_error_that_is_not_the_makers_own_rejects_nothing(
 ) -> None:
     maker.answer = lambda _: Reply(422, body)
     assert post(connection).failure is MISCONFIGURED
+
+
+@pytest.mark.parametrize("status", [401, 403, 421])
+def test_why_the_maker_will_not_be_asked_is_told_in_its_own_words(
+    maker: ScriptedMaker, connection: Connection, status: int
+) -> None:
+    maker.answer = lambda _: Reply(status, {"error": {"code": "c", "message": "start it with --allowed-host"}})
+    assert post(connection) == Answer(
+        None, MISCONFIGURED, status, f"HTTP {status}: start it with --allowed-host", refused=True
+    )
 
 
 def test_a_rejection_carries_the_makers_reason(connection: Connection) -> None:
@@ -522,7 +534,7 @@ def test_a_maker_that_is_not_there_is_unavailable() -> None:
 
 
 def test_a_name_that_is_not_known_is_unavailable() -> None:
-    connection = Maker("http://maker.invalid/widgets", deadline_s=20).connect()
+    connection = Maker("http://maker.invalid/widgets", deadline_s=20, allow_plain_http=True).connect()
     assert post(connection).failure is UNAVAILABLE
 
 
@@ -645,7 +657,101 @@ def test_a_header_that_cannot_be_sent_fails_the_post_and_not_the_caller(
     assert post(connection).outcome == CREATED
 
 
+# Signatures
+
+
+@pytest.fixture
+def signing(maker: ScriptedMaker) -> Iterator[Connection]:
+    """A connection that signs its POSTs with two secrets."""
+    connection = Maker(maker.url, deadline_s=20, signer=Signer([SECRET, OLD_SECRET])).connect()
+    yield connection
+    connection.close()
+
+
+def assert_signed(request: Request, message_id: str) -> None:
+    timestamp = request.headers["webhook-timestamp"]
+    assert abs(int(timestamp) - time.time()) < 5
+    assert request.headers["webhook-id"] == message_id
+    signatures = request.headers["webhook-signature"].split()
+    assert signatures == [sign(key, message_id, timestamp, request.body) for key in (KEY, OLD_KEY)]
+
+
+def test_a_post_is_signed_with_each_secret(maker: ScriptedMaker, signing: Connection) -> None:
+    sent = delivery("5f3c0a-b==\u20ac")
+    assert signing.post(sent.held.message.body | {"note": "\u00e9\u2028"}, sent.headers("requests")).outcome == CREATED
+    assert_signed(maker.requests[0], "5f3c0a-b==%E2%82%AC")
+
+
+def test_a_batch_is_signed_as_a_whole_and_has_an_id_of_its_own(maker: ScriptedMaker, signing: Connection) -> None:
+    post_two(signing)
+    post_two(signing)
+    signing.post_batch([delivery("m3"), delivery("\ud800")])
+    ids = [request.headers["webhook-id"] for request in maker.requests]
+    assert ids[0] == ids[1] != ids[2]
+    for request, id_ in zip(maker.requests, ids, strict=True):
+        assert_signed(request, id_)
+
+
+def test_without_a_secret_nothing_is_signed(maker: ScriptedMaker, connection: Connection) -> None:
+    post(connection)
+    assert not {"webhook-signature", "webhook-timestamp"} & {name.lower() for name in maker.requests[0].headers}
+
+
+def test_without_a_message_id_a_post_is_signed_for_none(maker: ScriptedMaker, signing: Connection) -> None:
+    assert post(signing).outcome == CREATED
+    assert_signed(maker.requests[0], "")
+
+
 # URLs
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://maker.example/", "http://192.0.2.7/", "http://[2001:db8::1]/", "http://0.0.0.0/", "http://[::]/"),
+        *("http://localhost.example/", "http://10.0.0.1/", "http://2130706433/", "HTTP://maker.example/"),
+    ],
+)
+def test_plain_http_to_another_machine_must_be_allowed(url: str) -> None:
+    with pytest.raises(ConfigError, match="--allow-plain-http"):
+        Maker(url, deadline_s=20)
+    Maker(url, deadline_s=20, allow_plain_http=True)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://127.0.0.1/", "http://127.9.9.9:5000/", "http://localhost/", "http://LOCALHOST:1/", "http://[::1]/"),
+        *("http://[::ffff:127.0.0.1]/", "https://maker.example/", "https://192.0.2.7/"),
+    ],
+)
+def test_plain_http_to_this_machine_and_https_need_no_leave(url: str) -> None:
+    Maker(url, deadline_s=20)
+
+
+FORBIDDEN = [
+    *("169.254.169.254", "[::ffff:169.254.169.254]", "[fe80::1]", "[fe80::1%25eth0]", "[fd00:ec2::254]"),
+    *("100.100.100.200", "224.0.0.1", "239.255.255.250", "[ff02::1]"),
+]
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("host", FORBIDDEN)
+def test_an_address_where_no_maker_can_be_is_refused(scheme: str, host: str) -> None:
+    with pytest.raises(ConfigError, match="no maker can be"):
+        Maker(f"{scheme}://{host}/widgets", deadline_s=20, allow_plain_http=True)
+
+
+def test_a_name_that_leads_to_such_an_address_is_not_posted_to(
+    maker: ScriptedMaker, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not delivery_module.is_forbidden("127.0.0.1")
+    monkeypatch.setattr(delivery_module, "is_forbidden", lambda address: address == "127.0.0.1")
+    answer = post(connection)
+    assert (answer.failure, maker.requests) == (MISCONFIGURED, [])
+    assert "127.0.0.1" in answer.reason
+    monkeypatch.undo()
+    assert post(connection).outcome == CREATED
 
 
 @pytest.mark.parametrize(
@@ -682,7 +788,7 @@ def test_a_header_that_cannot_be_sent_fails_the_post_and_not_the_caller(
 )
 def test_a_url_that_cannot_be_posted_to_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="maker URL"):
-        Maker(url, deadline_s=20)
+        Maker(url, deadline_s=20, allow_plain_http=True)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,25 @@ import pytest
 from flask.testing import FlaskClient
 from hypothesis import given
 from hypothesis import strategies as st
+from signing_double import KEY, OLD_KEY, OLD_SECRET, SECRET, signed
 from support import wait_until
 
 import claim_queues.store
+import widget_maker
 from claim_queues import StoreError
-from widget_maker import SELECT_PAGE, Faults, Refused, Widgets, create_app, parse_json, parse_request
+from claim_queues.signing import Signer
+from widget_maker import (
+    LOCAL_HOSTS,
+    MOST_HOSTS_LOGGED,
+    NO_FAULTS,
+    SELECT_PAGE,
+    Faults,
+    Refused,
+    Widgets,
+    create_app,
+    parse_json,
+    parse_request,
+)
 
 ID = "31f37378-54f4-11e5-ad75-3c970e65f731"
 OTHER_ID = "31f37378-54f4-11e5-ad75-3c970e65f732"
@@ -182,6 +196,52 @@ def test_a_body_that_says_it_is_larger_is_refused_unread(client: FlaskClient) ->
     assert (response.status_code, stream.tell()) == (413, 0)
 
 
+@pytest.mark.parametrize("body", [json.dumps({"widget_id": ID}), "{"])
+def test_a_body_that_is_shorter_than_it_says_is_answered_400(client: FlaskClient, body: str) -> None:
+    response = client.post(
+        "/widgets",
+        data=body,
+        content_type="application/json",
+        environ_overrides={"CONTENT_LENGTH": str(len(body) + 1), "wsgi.input_terminated": True},
+    )
+    assert (response.status_code, error_code(response)) == (400, "bad_body")
+    assert widget_ids(client) == []
+
+
+def test_too_many_bodies_on_their_way_are_answered_503(
+    start: Callable[..., FlaskClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(widget_maker, "MOST_READERS", 0)
+    response = post(start())
+    assert (response.status_code, error_code(response)) == (503, "busy")
+    assert int(response.headers["Retry-After"]) > 0
+
+
+def nested(levels: int, kind: Any) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = {"x": value} if kind is dict else [value]
+    return value
+
+
+@pytest.mark.parametrize("kind", [dict, list])
+def test_a_request_is_nested_32_levels_deep_at_most(client: FlaskClient, kind: type) -> None:
+    taken = client.post("/widgets", json={"widget_id": ID, "x": nested(30, kind)})
+    refused = client.post("/widgets", json={"widget_id": OTHER_ID, "x": nested(31, kind)})
+    assert (taken.status_code, refused.status_code) == (201, 422)
+    assert error_code(refused) == "too_complex"
+
+
+@pytest.mark.parametrize("inside", [lambda keys: keys, lambda keys: {"x": [[keys]]}], ids=["outer", "inner"])
+def test_an_object_of_a_request_has_64_keys_at_most(client: FlaskClient, inside: Callable[[Any], Any]) -> None:
+    for keys, status in ((64, 201), (65, 422)):
+        widget_id = number_n(keys)
+        content = inside({f"k{number}": 1 for number in range(keys - 1)} | {"widget_id": widget_id})
+        response = client.post("/widgets", json=content | {"widget_id": widget_id})
+        assert response.status_code == status
+    assert error_code(response) == "too_complex"
+
+
 @pytest.mark.parametrize("content_type", ["application/json", "application/json; charset=UTF-8"])
 def test_json_in_utf8_is_taken(client: FlaskClient, content_type: str) -> None:
     body = json.dumps({"widget_id": ID})
@@ -258,7 +318,7 @@ def test_a_missing_widget_id_is_answered_422(client: FlaskClient) -> None:
 @given(st.binary() | st.recursive(st.none() | st.text() | st.floats(), st.lists).map(json.dumps).map(str.encode))
 def test_whatever_the_body_holds_it_is_refused_or_names_a_canonical_id(body: bytes) -> None:
     with suppress(Refused):
-        assert re.fullmatch("[0-9a-f-]{36}", parse_request(parse_json(body, LIMIT_BYTES)))
+        assert re.fullmatch("[0-9a-f-]{36}", parse_request(parse_json(body)))
 
 
 @given(
@@ -339,6 +399,70 @@ def test_faults_strike_the_items_of_a_batch_one_by_one(start: Callable[..., Flas
 def test_a_batch_during_an_outage_is_answered_503(start: Callable[..., FlaskClient]) -> None:
     response = post_batch(start(Faults(outage=(0.0, 1e9), started=0.0)), item("m"))
     assert (response.status_code, error_code(response)) == (503, "outage")
+
+
+# Signatures
+
+
+@pytest.fixture
+def signing(start: Callable[..., FlaskClient]) -> FlaskClient:
+    """A client of a maker that takes what one of two secrets has signed."""
+    return start(NO_FAULTS, LOCAL_HOSTS, Signer([SECRET, OLD_SECRET]))
+
+
+BODY = json.dumps({"widget_id": ID}).encode()
+BATCH = json.dumps([{"message_id": "m1", "request": {"widget_id": ID}}]).encode()
+each_post = pytest.mark.parametrize(("path", "body"), [("/widgets", BODY), ("/widgets/batch", BATCH)])
+
+
+def post_signed(client: FlaskClient, headers: dict[str, str], path: str = "/widgets", body: bytes = BODY) -> Any:
+    return client.post(path, data=body, content_type="application/json", headers=headers)
+
+
+@each_post
+@pytest.mark.parametrize("key", [KEY, OLD_KEY])
+def test_what_either_secret_signed_is_made(signing: FlaskClient, path: str, body: bytes, key: bytes) -> None:
+    assert post_signed(signing, signed(body, key=key), path, body).status_code in {200, 201}
+    assert widget_ids(signing) == [ID]
+
+
+@each_post
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda _: {},
+        lambda body: signed(body, key=b"another key of quite the same size"),
+        lambda body: signed(body + b" "),
+        lambda body: signed(body, ahead_s=-310),
+        lambda body: signed(body) | {"webhook-id": "m2"},
+        lambda body: signed(body) | {"webhook-signature": "v1,\xe9"},
+        lambda body: signed(body) | {"webhook-signature": " ".join(["v1,AAAA"] * 10_000)},
+    ],
+    ids=["none", "another key", "another body", "old", "another id", "not ASCII", "10,000"],
+)
+def test_what_is_not_signed_is_answered_401_and_makes_nothing(
+    signing: FlaskClient, path: str, body: bytes, change: Callable[[bytes], dict[str, str]]
+) -> None:
+    response = post_signed(signing, change(body), path, body)
+    assert (response.status_code, error_code(response)) == (401, "bad_signature")
+    assert response.headers["WWW-Authenticate"] == "StandardWebhooks"
+    assert widget_ids(signing) == []
+
+
+def test_a_signed_post_that_is_sent_again_changes_nothing(signing: FlaskClient) -> None:
+    headers = signed(BODY)
+    first, second = post_signed(signing, headers), post_signed(signing, headers)
+    assert (first.status_code, second.status_code, first.data) == (201, 200, second.data)
+
+
+def test_only_writing_needs_a_signature(signing: FlaskClient) -> None:
+    for path in ("/", "/widgets", "/healthz", "/metrics"):
+        assert signing.get(path).status_code == 200
+
+
+def test_a_body_that_is_too_large_is_answered_413_whoever_signed_it(signing: FlaskClient) -> None:
+    body = BODY.ljust(LIMIT_BYTES + 1)
+    assert post_signed(signing, signed(body), body=body).status_code == 413
 
 
 # Pages
@@ -452,6 +576,22 @@ def test_its_own_names_are_answered_at_any_port(client: FlaskClient, host: str) 
 def test_any_other_host_is_answered_421_which_rejects_no_request(client: FlaskClient, path: str, host: str) -> None:
     response = client.get(path, headers={"Host": host})
     assert (response.status_code, error_code(response)) == (421, "host_not_allowed")
+
+
+def test_a_wrong_host_is_told_how_to_allow_it_and_is_one_line_in_the_log(
+    client: FlaskClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    for host in ["evil.example", "other.example:80", "evil.example"] * 3:
+        response = client.get("/", headers={"Host": host})
+        assert "--allowed-host" in response.json["error"]["message"]
+    assert [record.fields["host"] for record in caplog.records] == ["evil.example", "other.example:80"]
+    assert all("--allowed-host" in record.getMessage() for record in caplog.records)
+
+
+def test_no_number_of_wrong_hosts_fills_the_log(client: FlaskClient, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(3 * MOST_HOSTS_LOGGED):
+        client.get("/", headers={"Host": f"x{number}.example"})
+    assert len(caplog.records) == MOST_HOSTS_LOGGED
 
 
 def test_further_hosts_can_be_allowed(start: Callable[..., FlaskClient]) -> None:
