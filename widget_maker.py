@@ -428,6 +428,10 @@ def _add_views(app: Flask, widgets: Widgets, numbers: Numbers) -> None:
     def metrics() -> Any:
         return Response(generate_latest(numbers.registry), content_type=CONTENT_TYPE_LATEST)
 
+    @app.get("/openapi.json")
+    def description() -> Any:
+        return app.send_static_file("openapi.json")
+
     @app.get("/")
     def page() -> Any:
         after, limit = parse_page(request.args)

@@ -563,6 +563,31 @@ def test_the_page_needs_no_file_from_elsewhere(client: FlaskClient) -> None:
     assert "url(" not in client.get("/static/widgets.css", buffered=True).text
 
 
+# The description
+
+
+def test_the_description_names_every_route_and_its_methods_and_no_other(client: FlaskClient) -> None:
+    described = client.get("/openapi.json", buffered=True).json["paths"]
+    routes: dict[str, set[str]] = {}
+    for rule in client.application.url_map.iter_rules():
+        if rule.endpoint != "static":
+            path = re.sub(r"<(\w+)>", r"{\1}", rule.rule)
+            routes.setdefault(path, set()).update(method.lower() for method in rule.methods - {"HEAD"})
+    assert {path: set(methods) for path, methods in described.items()} == routes
+
+
+def test_the_description_gives_the_makers_own_limits(client: FlaskClient) -> None:
+    description = client.get("/openapi.json", buffered=True).json
+    schemas = description["components"]["schemas"]
+    assert schemas["Request"]["maxProperties"] == widget_maker.MOST_KEYS
+    (limit,) = [found for found in description["paths"]["/"]["get"]["parameters"] if found["name"] == "limit"]
+    assert limit["schema"]["maximum"] == schemas["Page"]["properties"]["widgets"]["maxItems"]
+    assert limit["schema"]["maximum"] == widget_maker.MOST_PER_PAGE
+    pattern = re.compile(schemas["WidgetId"]["pattern"])
+    for widget_id in (ID, ID.upper(), ID.replace("11e5", "41e5"), ID.replace("ad75", "cd75"), f" {ID}"):
+        assert bool(pattern.search(widget_id)) == (post(client, widget_id).status_code in {200, 201})
+
+
 # Other web sites
 
 
