@@ -1,0 +1,27 @@
+"""A small tier of the campaigns on hostile input and networks; at full size they run by `python -m reliability.NAME`."""
+
+import pytest
+
+from reliability import fuzz, hostile, network
+from reliability.campaign import Campaign
+
+SCALES = {"bodies": 0.003, "maker-api": 0.005, "command-lines": 0.02, "page-xss": 0.02}
+needs_fuzz = pytest.mark.skipif(not fuzz.is_installed(), reason="needs .venvs/fuzz: make .venvs/fuzz/installed")
+needs_browser = pytest.mark.skipif(
+    hostile.browser_path() is None, reason="needs Chromium and its driver: apt-get install chromium chromium-driver"
+)
+NEEDS = {"bodies": [needs_fuzz], "maker-api": [needs_fuzz], "page-xss": [needs_browser]}
+
+
+@pytest.mark.parametrize(
+    "campaign",
+    [
+        pytest.param(campaign, id=campaign.name, marks=NEEDS.get(campaign.name, []))
+        for module in (fuzz, network, hostile)
+        for campaign in module.CAMPAIGNS
+    ],
+)
+def test_nothing_is_broken_by(campaign: Campaign) -> None:
+    result = campaign.run(SCALES.get(campaign.name, 0.01))
+    assert result.violations == []
+    assert int(result.figures["n"]) > 0
