@@ -1,5 +1,6 @@
 """Network faults between consumer and maker, at every byte. `python -m reliability.network --scale 0.01`."""
 
+import os
 import random
 import socket
 import tempfile
@@ -13,11 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from support import widget_maker, widgets
+from scripted_maker import Raw, Reply, Request
+from service_scripts import SERVICES, Service
+from support import HERE, widget_maker, widgets
 from tcp_proxy import NO_FAULT, Fault, TcpProxy
 
 import widget_consumer
-from claim_queues import Message, breaker, keeper
+from claim_queues import (
+    Claim,
+    ClaimLost,
+    Message,
+    QueueError,
+    Queues,
+    Settlement,
+    breaker,
+    keeper,
+    open_queues,
+)
 from claim_queues.breaker import Failure
 from claim_queues.sqlite import SqliteQueues
 from delivery import Answer, Maker
@@ -296,9 +309,111 @@ def browse(queues: SqliteQueues, queue: str) -> Iterator[Message]:
         after = page.marker
 
 
+# Answers of queue services, cut at every byte
+
+KINDS = ("post", "claim", "renew", "delete", "release", "look")
+SERVERS = {"cloud-queues": "zaqar18", "zaqar-mongodb": "zaqar23", "sqs": "sqs"}
+"""Each service with the environment that its server runs in."""
+
+
+def servers_installed() -> bool:
+    return all((HERE / ".venvs" / name / "installed").exists() for name in SERVERS.values())
+
+
+class CutService:
+    """A queue service whose answers of one kind end after some bytes, and what must hold all the same."""
+
+    def __init__(self, service: Service, queues: Queues) -> None:
+        self.service = service
+        self.queues = queues
+        self.queue = service.request_queue
+        self.terms = {"grace": 60 if queues.limits.grace else 0, "limit": 1}
+        self.size = 0
+
+    def answer(self, number: int | None, end: str) -> Callable[[Request], Reply | Raw]:
+        """The server's own answer, cut after so many bytes; None: whole."""
+
+        def cut(request: Request) -> Reply | Raw:
+            reply = self.service.serve(request)
+            body = reply.body if isinstance(reply.body, bytes) else str(reply.body).encode()
+            headers = {"Content-Length": str(len(body))} | dict(reply.headers)
+            lines = [f"HTTP/1.1 {reply.status} X", *(f"{name}: {value}" for name, value in headers.items())]
+            whole = "\r\n".join([*lines, "", ""]).encode() + body
+            self.size = len(whole)
+            return Raw([whole if number is None else whole[:number]], end="keep" if number is None else end)
+
+        return cut
+
+    def trial(self, kind: str, number: int | None, end: str) -> str:
+        """What a call came to; raises AssertionError where that is none of what it may come to."""
+        (message_id,) = self.service.queues.post(self.queue, ["x"])
+        held = None if kind in {"post", "claim", "look"} else self.queues.claim(self.queue, ttl=60, **self.terms)
+        before = self.service.queues.stats(self.queue).total
+        self.service.fail({kind}, self.answer(number, end))
+        try:
+            said = self.ask(kind, held, before)
+        except ClaimLost as error:
+            raise AssertionError("a claim that is held was called lost") from error
+        except QueueError as error:
+            return type(error).__name__
+        finally:
+            self.service.mend()
+            after = self.service.queues.stats(self.queue).total
+            assert after >= before - (kind == "delete"), f"{before - after} messages are gone, {message_id} among them?"
+        return said
+
+    def ask(self, kind: str, held: Claim | None, before: int) -> str:
+        if kind == "post":
+            assert len(self.queues.post(self.queue, ["x"])) == 1
+            assert self.service.queues.stats(self.queue).total > before, "what was reported as posted is not there"
+        elif kind == "claim":
+            found = self.queues.claim(self.queue, ttl=60, **self.terms)
+            assert found, "a queue with messages looked empty"
+        elif kind == "look":
+            assert self.queues.stats(self.queue).total == before, "a wrong number of messages"
+        elif held is not None:
+            if kind == "renew":
+                self.queues.renew(held, ttl=60)
+            elif kind == "release":
+                self.queues.release(held)
+            else:
+                settled = self.queues.settle(held, [Settlement(message) for message in held.messages])
+                assert not settled.lost, "a message that is held was called lost"
+        return "done"
+
+
+def cut_answers_of_services(scale: float) -> Result:
+    """Each kind of call to each service, its answer closed or reset after byte N: an error, or done, never a lie."""
+    seen: Counter[str] = Counter()
+    violations: list[str] = []
+    for name, make in SERVICES.items():
+        if name not in SERVERS:
+            continue
+        with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+            service = stack.enter_context(make(Path(directory)))
+            stack.enter_context(patch.dict(os.environ, service.env))
+            service.create()
+            cut = CutService(service, stack.enter_context(open_queues(service.url)))
+            for kind in KINDS:
+                assert cut.trial(kind, None, "close") == "done", (name, kind)
+                for end in ("close", "reset"):
+                    for number in some(range(cut.size), scale):
+                        try:
+                            seen[cut.trial(kind, number, end)] += 1
+                        except Exception as error:
+                            violations.append(f"{name} {kind}, {end} after byte {number}: {error!r}")
+                cut.trial(kind, None, "close")
+    return Result({"n": sum(seen.values()), **seen}, violations[:20])
+
+
 CAMPAIGNS = [
     Campaign(
         "cut-at-every-byte", "a POST cut after any byte, either way, loses nothing and ends in time", cut_everywhere
+    ),
+    Campaign(
+        "cut-service-answers",
+        "no answer of a queue service that is cut short is taken for another",
+        cut_answers_of_services,
     ),
     Campaign("slow-network", "latency, trickles and a host that is not there end a POST at its deadline", slow_network),
     Campaign("broken-connections", "a consumer whose connections break makes every widget once", consumer_over_faults),
