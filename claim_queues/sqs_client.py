@@ -95,6 +95,7 @@ def connect(address: str, region: str, endpoint: str | None, profile: str | None
         )
         session = boto3.session.Session(region_name=region, botocore_session=core)
         client = session.client("sqs", endpoint_url=endpoint, config=config)
+        client.meta.events.register("before-parse.sqs", _require_whole_answer)
     except SDK_ERRORS as error:
         raise problem(error, f"connect to {address}") from error
     except ValueError as error:
@@ -137,6 +138,14 @@ def understanding(what: str) -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError) as error:
         raise QueueUnavailable(f"{what}: this is no answer of SQS: {error!r}") from error
+
+
+def _require_whole_answer(response_dict: Mapping[str, Any], **_: Any) -> None:
+    """Refuse an answer that is shorter than it says: cut in its head it would look like an empty queue."""
+    headers, body = response_dict["headers"], response_dict["body"]
+    length = headers.get("content-length", "")
+    if "transfer-encoding" not in headers and not (length.isdecimal() and len(body) >= int(length)):
+        raise ResponseParserError("the answer is cut short")
 
 
 def _name(code: object) -> str:

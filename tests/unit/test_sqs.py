@@ -471,6 +471,16 @@ def test_what_is_no_answer_of_sqs_never_looks_like_an_empty_queue(queues, proxy)
             look("somewhere")
 
 
+@pytest.mark.parametrize("headers", ["", "Conte", "Content-Type: application/json", "Content-Length: 2\r\nDa"])
+def test_an_answer_that_ends_in_its_head_never_looks_like_an_empty_queue(queues, queue, proxy, headers):
+    queues.exists(queue)
+    proxy.answer = lambda _: Raw([f"HTTP/1.1 200 OK\r\n{headers}".encode()])
+
+    for look in (queues.stats, lambda name: queues.claim(name, ttl=60, grace=0, limit=1)):
+        with pytest.raises(QueueUnavailable, match="cut short"):
+            look(queue)
+
+
 def test_a_missing_queue_never_looks_empty(queues):
     for look in (
         queues.stats,
