@@ -22,8 +22,8 @@ class Fault:
     """What becomes of one connection.
 
     request_bytes, answer_bytes: how many may pass before it ends; None: all. end: "close", "reset", or "hang" (silence
-    until the client goes or the proxy ends). latency_s: before each piece is passed on. piece: bytes passed at once,
-    `every_s` seconds apart; 0: as they come.
+    until the client goes or the proxy ends). latency_s: before what comes is passed on. piece: bytes passed at once,
+    `every_s` seconds apart; 0: as they come. answers_alone: these three concern what the server sends.
     """
 
     request_bytes: int | None = None
@@ -32,6 +32,7 @@ class Fault:
     latency_s: float = 0.0
     piece: int = 0
     every_s: float = 0.0
+    answers_alone: bool = False
 
 
 NO_FAULT = Fault()
@@ -100,7 +101,7 @@ class TcpProxy:
                         return False
                     allowed = left[source]
                     part = data if allowed is None else data[:allowed]
-                    self._send(sink, part, fault)
+                    self._send(sink, part, NO_FAULT if fault.answers_alone and source is client else fault)
                     if allowed is not None:
                         left[source] = allowed - len(part)
                         if left[source] == 0:

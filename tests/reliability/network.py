@@ -166,6 +166,7 @@ def slow_network(scale: float) -> Result:
         ("latency 0.5 s", Fault(latency_s=0.5), None),
         ("64 bytes every 10 ms", Fault(piece=64, every_s=0.01), "created"),
         ("1 byte every 10 ms", Fault(piece=1, every_s=0.01), None),
+        ("1 byte of the answer every 10 ms", Fault(piece=1, every_s=0.01, answers_alone=True), None),
         ("16 bytes every 50 ms", Fault(piece=16, every_s=0.05), None),
     ]
     times = max(1, round(20 * scale))
