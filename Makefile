@@ -71,7 +71,7 @@ clean:  ## remove the virtual environments and all caches
 	@$(BIN)/$(INSTALL) --no-build-isolation --editable .
 	@touch $@
 
-servers: .venvs/zaqar18/installed .venvs/zaqar23/installed .venvs/sqs/installed
+servers: .venvs/zaqar18/installed .venvs/zaqar23/installed .venvs/sqs/installed .venvs/fuzz/installed
 
 .venvs/%/installed: tests/servers/%.lock
 	@echo "installing into .venvs/$* (once)"

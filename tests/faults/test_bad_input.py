@@ -14,7 +14,8 @@ import apsw
 import click
 import pytest
 from in_process import Ended, call
-from support import HERE
+from scripted_maker import ScriptedMaker
+from support import HERE, run_script
 
 import claim_queues.__main__
 import widget_consumer
@@ -425,3 +426,66 @@ def test_an_ids_file_that_is_missing_or_no_text_posts_nothing(content: bytes | N
         (tmp_path / "ids").write_bytes(content)
     assert_refused(SCRIPTS["producer"].run("--ids-file", tmp_path / "ids"), USAGE, hint=hint)
     assert_refused(SCRIPTS["producer"].run("--ids-file", tmp_path), USAGE, hint="Is a directory")
+
+
+# Queue bodies
+
+WIDGET_ID = "31f37378-54f4-11e5-ad75-3c970e65f731"
+POISON = [
+    "hello",
+    "<widget/>",
+    "gASVCAAAAAAAAACMBHRlc3SULg==",
+    "__import__('os').abort()",
+    "\x1b[2J\r\nlevel=info \u2028\u202e",
+    "x" * 200_000,
+    " " * 200_000,
+    None,
+    True,
+    5,
+    2**63 - 1,
+    [],
+    {},
+    [WIDGET_ID],
+    {"widget_id": None},
+    {"widget_id": 5},
+    {"widget_id": [WIDGET_ID]},
+    {"Widget_id": WIDGET_ID},
+    {"id": WIDGET_ID},
+]
+TEMPTING = dict.fromkeys(
+    ("url", "maker_url", "callback", "webhook", "host", "method", "path", "__class__", "__proto__"),
+    "http://169.254.169.254/",
+)
+HOSTILE = {"headers": {"Host": "evil", "X-Evil": "1"}, "note": "a\r\nX-Evil: 1\x1b[2J%n{0.__class__}\u2028"}
+
+
+def test_a_good_request_behind_1000_poisonous_ones_is_made_and_none_of_them_is_lost_or_steers_anything(
+    tmp_path: Path,
+) -> None:
+    url = f"sqlite:///{tmp_path / 'queues.sqlite3'}"
+    poison = [POISON[number % len(POISON)] for number in range(1_000)]
+    good = {"widget_id": WIDGET_ID} | TEMPTING | HOSTILE
+    with open_queues(url) as queues, ScriptedMaker() as maker:
+        for start in range(0, len(poison), 100):
+            queues.post("itchy-octo-chainsaw-request", poison[start : start + 100])
+        queues.post("itchy-octo-chainsaw-request", [good, {"widget_id": WIDGET_ID.upper()}])
+        options = ["--queue-url", url, "--maker-url", maker.url, "--drain", "--slots", 1]
+        ended = run_script("widget_consumer.py", *options, cwd=tmp_path)
+        letters, responses = (
+            [found.body for found in queues.browse(f"itchy-octo-chainsaw-{kind}", limit=2_000).messages]
+            for kind in ("dead-letter", "response")
+        )
+
+    assert ended.returncode == 0
+    assert [letter["body"] for letter in letters] == poison
+    assert [(request.method, request.path, request.json) for request in maker.requests] == [
+        ("POST", "/widgets", good),
+        ("POST", "/widgets", {"widget_id": WIDGET_ID.upper()}),
+    ]
+    assert [request.headers["X-Evil"] for request in maker.requests] == [None, None]
+    assert [request.headers["Host"] for request in maker.requests] == [f"127.0.0.1:{maker.port}"] * 2
+    assert list(maker.widgets) == [WIDGET_ID]
+    assert [response["outcome"] for response in responses] == ["failed"] * 1_000 + ["created"] * 2
+    lines = ended.stderr.split("\n")[:-1]
+    assert len(lines) == 1 + 1_000 + 2
+    assert all(line.isprintable() and len(line) < 3_000 for line in lines)

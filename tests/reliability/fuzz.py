@@ -90,8 +90,8 @@ def fuzz_bodies(scale: float) -> Result:
     if done.returncode == 0:
         figures |= json.loads(done.stdout.splitlines()[-1])
         return Result(figures | {"branches": int(re.findall(r"cov: (\d+)", done.stderr)[-1])})
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("#")]
-    return Result(figures, [" | ".join(lines[-30:])])
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(("#", "INFO"))]
+    return Result(figures, [" | ".join(lines)[:4_000]])
 
 
 # The maker's API
