@@ -1,7 +1,9 @@
 """Sign what is POSTed, and check signatures, as Standard Webhooks has it (https://www.standardwebhooks.com)."""
 
 import base64
+import os
 import re
+import stat
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from .command_line import option
+from .command_line import Log, option
 from .errors import ConfigError, CredentialsError
 from .store import APPLICATION
 
@@ -18,6 +20,8 @@ LEAST_BYTES, MOST_BYTES = 24, 64
 MOST_SECRETS = 2
 """One, or the new one and the old one while a secret is changed."""
 MOST_FILE_BYTES = 4_096
+
+log = Log("signing")
 
 
 class BadSignature(Exception):
@@ -89,6 +93,9 @@ def load_signer(file: str | None, keyring_name: str | None) -> Signer | None:
 def _read(file: str) -> str:
     try:
         with Path(file).open("rb") as opened:
+            mode = os.fstat(opened.fileno()).st_mode
+            if stat.S_ISREG(mode) and mode & (stat.S_IRWXG | stat.S_IRWXO):
+                log.warning("others may read the signing secret: chmod 600", file=file)
             return opened.read(MOST_FILE_BYTES).decode("ascii", errors="replace")
     except OSError as error:
         raise CredentialsError(f"signing secret {file}: {error.strerror}") from error

@@ -51,7 +51,13 @@ ANSWER = f'{{"id": "{ID}", "created_at": "2026-01-02T03:04:05.678Z"}}'
 BATCH = f'{{"answers": [{{"message_id": "m1", "status": 201, "body": {ANSWER}}}, {{"message_id": "m2"}}]}}'
 ERROR = '{"error": {"code": "bad_widget_id", "message": "no"}}'
 SEEDS = [
-    *(b"\x00" + text.encode() for text in (REQUEST, REQUEST.upper(), "[]", "NaN", '{"widget_id": "\\ud800"}', "<x/>")),
+    *(b"\x10" + text for text in (b"null", b"[[]]", b'"y"', b"1e400", b'{"a": {"b": [1]}}')),
+    *(b"\x30" + text for text in (ID.encode(), ID.upper().encode(), b"\\u0041", b"no id", b"")),
+    *(
+        b"\x90" + bytes([n]) + body.encode()
+        for n, body in ((0, ANSWER), (1, ANSWER), (5, ERROR), (6, ERROR), (0, BATCH))
+    ),
+    *(b"\x60" + text.encode() for text in (REQUEST, REQUEST.upper(), "[]", "NaN", '{"widget_id": "\\ud800"}', "<x/>")),
     *(
         b"\xff\x20HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body.encode())
         for status, body in ((201, ANSWER), (200, BATCH), (422, ERROR), (503, ERROR), (302, ""))

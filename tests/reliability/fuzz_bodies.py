@@ -33,6 +33,7 @@ ID = "31f37378-54f4-11e5-ad75-3c970e65f731"
 CANONICAL = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-1[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 HEAD = b"POST /widgets HTTP/1.1\r\nHost: 127.0.0.1:5000\r\n"
 LINE_ENDS = 11
+STATUSES = (200, 201, 400, 413, 415, 422, 401, 421, 500, 503, 302)
 SETTINGS = widget_consumer.Settings(
     request_queue="requests",
     response_queue="responses",
@@ -103,12 +104,20 @@ class Target:
         ]
 
     def take(self, data: bytes) -> None:
-        """One input: its first byte says what it is."""
+        """One input: its first byte says what it is, and how much of a right body or answer is around it."""
         self.number += 1
-        if data[:1] < b"\x80":
-            self.body(data[1:])
+        kind, data = data[:1], data[1:]
+        if kind < b"\x20":
+            self.body(b'{"widget_id": "%b", "x": %b}' % (ID.encode(), data))
+        elif kind < b"\x40":
+            self.body(b'{"widget_id": "%b"}' % data)
+        elif kind < b"\x80":
+            self.body(data)
+        elif kind < b"\xc0":
+            status = STATUSES[data[0] % len(STATUSES)] if data else 200
+            self.answer(b"\xff" + b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%b" % (status, len(data[1:]), data[1:]))
         else:
-            self.answer(data[1:])
+            self.answer(data)
 
     def body(self, data: bytes) -> None:
         body = base.decode(data.decode(errors="surrogateescape" if data[:1] == b"\xff" else "replace"))

@@ -135,6 +135,18 @@ def test_a_file_holds_one_secret_or_two(secret_file: Path, content: str) -> None
     signer.check(signed(BODY, key=key), BODY)
 
 
+@pytest.mark.parametrize(("mode", "lines"), [(0o600, 0), (0o400, 0), (0o640, 1), (0o604, 1)])
+def test_a_file_that_others_may_read_is_one_line_in_the_log(
+    secret_file: Path, mode: int, lines: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret_file.write_text(SECRET)
+    secret_file.chmod(mode)
+    load_signer(str(secret_file), None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "others may read the signing secret: chmod 600"
+    ] * lines
+
+
 def test_without_a_secret_nothing_is_signed() -> None:
     assert load_signer(None, None) is None
 
