@@ -21,6 +21,7 @@ import string
 import threading
 import time
 import uuid
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -188,6 +189,21 @@ class Delivery:
             "first_received_at": _iso(self.receives.first_at),
             "last_received_at": _iso(self.receives.last_at),
         }
+
+
+class Durations:
+    """How long POSTs took. counts: of those that took up to each of BOUNDS_S, and of longer ones; in all: seconds."""
+
+    BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 60.0)
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(self.BOUNDS_S) + 1)
+        self.seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Not thread-safe."""
+        self.counts[bisect_left(self.BOUNDS_S, seconds)] += 1
+        self.seconds += seconds
 
 
 class MakerMisconfigured(QueuesError):

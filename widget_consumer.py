@@ -51,7 +51,7 @@ from claim_queues.command_line import (
 from claim_queues.keeper import End, Held, Keeper
 from claim_queues.signing import load_signer, signing_options
 from claim_queues.store import state_path
-from delivery import Connection, Delivery, Maker, MakerMisconfigured
+from delivery import Connection, Delivery, Durations, Maker, MakerMisconfigured
 from receive_counts import ReceiveCounts, Receives
 
 POST_SPARE_S = 5.0
@@ -65,6 +65,8 @@ LOOK_AGAIN_S = 0.1
 """How long a drain waits for messages before it looks whether any are left, and claiming for what clogs it."""
 CHECK_QUEUES_EVERY_S = 60.0
 MISCONFIGURED_DRAIN_S = 60.0
+STUCK_AFTER_S = 180.0
+"""More than the timeouts of a claim with its wait and its second attempt, or of a look at all queues, add up to."""
 STOP_PATIENCE_S = 10.0
 """How long a queue service that fails may hold up the end; what is not given back then waits for its claim's end."""
 
@@ -101,7 +103,7 @@ class Consumer:
     """Takes requests from the queue to the maker until it is stopped, has drained the queue, or cannot go on.
 
     One lock guards all state; it is never held during a POST or a call of the queue service. totals: numbers of
-    messages by what happened to them.
+    messages by what happened to them. post_times: of the POSTs, a batch being one.
     """
 
     def __init__(
@@ -123,7 +125,8 @@ class Consumer:
         self._has_work = threading.Condition(self._lock)  # the slots wait for it
         self._has_room = threading.Condition(self._lock)  # the claiming thread waits for it
         self._waiting: deque[Delivery] = deque()
-        self._posting = 0
+        self._posting = self._idle_slots = 0
+        self._asking_since: float | None = None  # the queue service, by the claiming thread
         self._most_in_a_post = settings.post_batch
         self._stopping = False
         self._error: Exception | None = None
@@ -133,6 +136,7 @@ class Consumer:
         self._empty_since: float | None = None
         self._patience_s = LOOK_AGAIN_S if settings.drain else settings.poll_interval
         self.totals: Counter[str] = Counter()
+        self.post_times = Durations()
         self._keeper = Keeper(queues, self, claim_ttl=settings.claim_ttl, grace=settings.grace)
 
     def run(self) -> None:
@@ -166,14 +170,36 @@ class Consumer:
             self._excuse([*self._breaker.take_suspects(), *self._take_waiting()])
 
     def status(self) -> dict[str, int]:
-        """What goes on now: messages held and waiting for a slot, POSTs in flight, and 1 for an open breaker."""
+        """What goes on now.
+
+        claims held, their open messages, those that wait for a slot, those being POSTed, slots that POST, and 1 for an
+        open breaker.
+        """
         with self._lock:
             return {
+                "claims": self._keeper.count_claims(),
                 "held": self._keeper.count(),
                 "waiting": len(self._waiting),
                 "posting": self._posting,
+                "busy_slots": self._settings.slots - self._idle_slots,
                 "breaker_open": int(self._breaker.is_open),
             }
+
+    @property
+    def requests(self) -> Counter[str]:
+        """Those sent to the queue service, by operation."""
+        return self._queues.requests
+
+    @property
+    def maker_trouble(self) -> Failure | None:
+        """Why the breaker is open; None while it is closed."""
+        return self._breaker.open_for
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the queue service has kept the claiming thread waiting for longer than it ever should."""
+        since = self._asking_since
+        return since is not None and time.monotonic() - since > STUCK_AFTER_S
 
     # Claim
 
@@ -181,7 +207,9 @@ class Consumer:
         pause = 0.0
         while (claim := self._next_claim()) is not None:
             try:
-                if not claim() and self._is_done():
+                with self._asking():
+                    is_over = not claim() and self._is_done()
+                if is_over:
                     return
                 pause = 0.0
                 self._service_answers("claim")
@@ -214,6 +242,14 @@ class Consumer:
                 else:
                     return self._claim_batch
             return None
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        self._asking_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._asking_since = None
 
     def _has_enough(self) -> bool:
         """Whether enough messages wait to fill all slots once."""
@@ -271,6 +307,7 @@ class Consumer:
         receives = self._count(found)
         with self._lock:
             self.totals["received"] += len(found)
+            self.totals["redelivered"] += sum(counted.count > 1 for counted in receives)
             for held, counted in zip(found, receives, strict=True):
                 alone = probe and self._breaker.last_failed == held.message.id
                 delivery = Delivery(held, counted, probe=probe, alone=alone)
@@ -323,9 +360,11 @@ class Consumer:
     def _next_batch(self) -> list[Delivery]:
         """Wait for one message, or some that go together; none once the consumer stops."""
         with self._lock:
+            self._idle_slots += 1
             self._has_work.wait_for(lambda: self._waiting or self._stopping)
             if self._stopping:
                 return []
+            self._idle_slots -= 1
             had_enough = self._has_enough()
             batch = [self._waiting.popleft()]
             while self._waiting and len(batch) < self._most_in_a_post and batch[0].joins(self._waiting[0]):
@@ -354,22 +393,26 @@ class Consumer:
 
     def _post(self, delivery: Delivery, connection: Connection) -> None:
         """POST. One that fails alone, with no other to try, is guilty if the maker is well before and after."""
-        started = time.monotonic()
         headers = delivery.headers(self._settings.request_queue)
+        started = time.monotonic()
         delivery.answer = connection.post(delivery.held.message.body, headers)
+        seconds = time.monotonic() - started
         guilty = delivery.well_before and delivery.failure is not None and self._maker.is_healthy()
-        self._conclude(delivery, guilty=guilty, seconds=time.monotonic() - started)
+        with self._lock:
+            self.post_times.add(seconds)
+        self._conclude(delivery, guilty=guilty, seconds=seconds)
 
     def _post_batch(self, batch: list[Delivery], connection: Connection) -> None:
         """POST them together; what fails as a whole is POSTed again one by one, to see whose fault it is."""
         started = time.monotonic()
         whole = connection.post_batch(batch)
-        if whole is None:
-            with self._lock:
-                for delivery in batch:
-                    self._conclude(delivery, guilty=False, seconds=time.monotonic() - started)
-            return
+        seconds = time.monotonic() - started
         with self._lock:
+            self.post_times.add(seconds)
+            if whole is None:
+                for delivery in batch:
+                    self._conclude(delivery, guilty=False, seconds=seconds)
+                return
             if whole.failure is Failure.MISCONFIGURED and self._most_in_a_post > 1:
                 self._most_in_a_post = 1
                 log.error("the maker takes no batches: posting one by one", url=self._maker.url, reason=whole.reason)
@@ -550,29 +593,6 @@ class Consumer:
             log.info("the queue service is back", doing=doing)
 
 
-def serve_metrics(consumer: Consumer, port: int) -> None:
-    """Serve the consumer's numbers to Prometheus at http://127.0.0.1:PORT/metrics."""
-    from prometheus_client import CollectorRegistry, start_http_server
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-    from prometheus_client.registry import Collector
-
-    class Numbers(Collector):
-        def collect(self) -> Iterator[Metric]:
-            counted = CounterMetricFamily("widget_consumer_messages", "Messages by what happened.", labels=["event"])
-            for event, number in dict(consumer.totals).items():
-                counted.add_metric([event], number)
-            yield counted
-            for name, value in consumer.status().items():
-                yield GaugeMetricFamily(f"widget_consumer_{name}", f"{name.replace('_', ' ')}, now.", value)
-
-    registry = CollectorRegistry()
-    registry.register(Numbers())
-    try:
-        start_http_server(port, addr="127.0.0.1", registry=registry)
-    except OSError as error:
-        raise ConfigError(f"metrics port {port}: {error.strerror}") from error
-
-
 @click.command(context_settings=SETTINGS)
 @queue_options("request", "response", "dead-letter")
 @option("--maker-url", default="http://127.0.0.1:5000/widgets", help="Where requests are POSTed.")
@@ -606,7 +626,9 @@ def serve_metrics(consumer: Consumer, port: int) -> None:
     metavar="FILE",
     help="Where receives are counted; `none`: in memory alone.  [default: one file per user]",
 )
-@option("--metrics-port", type=WholeNumber(1, 65_535), help="Serve Prometheus metrics on this loopback port.")
+@option(
+    "--metrics-port", type=WholeNumber(1, 65_535), help="Serve metrics, health and a status page on this loopback port."
+)
 @option("--log-format", type=click.Choice(["text", "json"]), default="text", help="Form of the log on stderr.")
 @option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", help="Least level logged."
@@ -638,15 +660,31 @@ def cli(ctx: click.Context, /, **given: Any) -> None:
             counted_by_service=queues.limits.counts_receives,
         )
         consumer = Consumer(queues, maker, counts, settings)
-        if given["metrics_port"]:
-            serve_metrics(consumer, given["metrics_port"])
 
         def stop() -> None:
             log.info("stopping: finishing what is in flight; a second signal ends at once")
             consumer.stop()
 
-        run_until_signal(consumer.run, stop=stop)
+        with _monitored(consumer, maker, given):
+            run_until_signal(consumer.run, stop=stop)
         counts.close()
+
+
+@contextmanager
+def _monitored(consumer: Consumer, maker: Maker, given: dict[str, Any]) -> Iterator[None]:
+    """Serve the consumer's numbers until the block ends, where that is asked for."""
+    if not given["metrics_port"]:
+        yield
+        return
+    from monitoring import Monitor, serve
+
+    names = {kind: given[f"{kind}_queue"] for kind in ("request", "dead_letter")}
+    # Queues of its own: what it asks must not hold up claims.
+    with (
+        open_queues(given["queue_url"]) as queues,
+        serve(Monitor(consumer, maker, queues, names), given["metrics_port"]),
+    ):
+        yield
 
 
 def _settings(ctx: click.Context, queues: Queues, given: dict[str, Any]) -> Settings:

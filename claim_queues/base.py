@@ -9,6 +9,7 @@ import json
 import math
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -222,10 +223,13 @@ class Queues(ABC):
     cannot be used, and ConfigError for values outside `limits` before anything is sent.
 
     address: names the service and the account or file, without secrets, alike in all processes that share it.
+    requests: how many were sent, by what they asked for; none by the embedded queue. Only to be looked at: threads may
+    lose one of each other's counts.
     """
 
     limits: Limits
     address: str
+    requests: Counter[str]
 
     @abstractmethod
     def create(self, queue: str) -> None:

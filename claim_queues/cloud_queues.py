@@ -93,6 +93,7 @@ class CloudQueues(ZaqarApi):
 
     def _call(self, what: str, instead: Refusals, call: Callable[..., T], path: str, **options: Any) -> T:
         """Call pyrax; its errors become ours."""
+        self.requests[what.partition(" ")[0]] += 1
         try:
             return call(path, **options)
         except sdk.ClientException as error:

@@ -179,6 +179,11 @@ class Keeper:
         with self._changed:
             return sum(len(claim.open) for claim in self._claims.values())
 
+    def count_claims(self) -> int:
+        """Number of claims held."""
+        with self._changed:
+            return len(self._claims)
+
     def backing_off(self) -> int:
         """Number of messages that were given back but are not free yet."""
         with self._changed:

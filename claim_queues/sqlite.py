@@ -13,6 +13,7 @@ import select
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -88,6 +89,7 @@ class SqliteQueues(Queues):
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
         self.address = f"sqlite:///{path.absolute()}"
         self._path = path.absolute()
+        self.requests = Counter()
         self._clock = clock
         # One connection: threads queue here, only processes meet in SQLite.
         self._lock = threading.Condition(threading.Lock())

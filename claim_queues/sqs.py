@@ -14,6 +14,7 @@ import re
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -99,6 +100,7 @@ class SqsQueues(Queues):
         given = {name: value for name, value in (("endpoint", endpoint), ("profile", profile)) if value}
         self.address = f"sqs://{region}" + (f"?{urlencode(given, safe=':/[]')}" if given else "")
         self._connect = partial(connect, self.address, region, endpoint, profile)
+        self.requests = Counter()
         self._stopped = threading.Event()
         self._url = cache(self._look_up)
         self._retention = cache(lambda queue: self._numbers(queue, "MessageRetentionPeriod")[0])
@@ -348,6 +350,7 @@ class SqsQueues(Queues):
         """SQS's answer. What may pass is asked once more, refused credentials with those that are there now."""
         before: QueuesError | None = None
         while True:
+            self.requests[operation] += 1
             try:
                 return dict(getattr(self._client, operation)(**values))
             except SDK_ERRORS as error:

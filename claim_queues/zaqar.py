@@ -174,6 +174,7 @@ class ZaqarQueues(ZaqarApi):
         self._connection.session.session.close()
 
     def _send(self, what: str, method: str, path: str, instead: Refusals, **options: Any) -> Answer:
+        self.requests[what.partition(" ")[0]] += 1
         try:
             # Past the message proxy's own request(), which warns of its own deprecations at every call (4.22).
             answer = Adapter.request(

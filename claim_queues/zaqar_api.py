@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -113,6 +114,7 @@ class ZaqarApi(Queues):
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self.requests = Counter()
         self._stopped = threading.Event()
 
     def create(self, queue: str) -> None:

@@ -1,6 +1,7 @@
 """What the tests share: waiting for a condition, free ports, and the project's scripts as real processes."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 import requests
 
 HERE = Path(__file__).resolve().parent.parent
@@ -24,6 +26,14 @@ def wait_until(condition: Callable[[], Any], seconds: float = PATIENCE_S) -> Any
     while not (found := condition()):
         assert time.monotonic() < deadline, f"nothing came of it within {seconds:g} s"
         threading.Event().wait(0.01)
+    return found
+
+
+def tool_or_skip(name: str, *, package: str) -> str:
+    """The path of a program; skips the test where it is not installed. package: Debian's."""
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"needs {name} (apt-get install {package})")
     return found
 
 

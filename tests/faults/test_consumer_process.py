@@ -255,14 +255,19 @@ def test_metrics_tell_what_happened_and_what_goes_on(bench: Bench) -> None:
     with bench.consumer("--slots", "2", "--metrics-port", port):
         wait_until(lambda: len(bench.maker.requests) == 2)
         busy = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text
+        assert requests.get(f"http://127.0.0.1:{port}/healthz", timeout=5).status_code == 200
+        assert requests.get(f"http://127.0.0.1:{port}/readyz", timeout=5).status_code == 200
         bench.go_on.set()
         wait_until(lambda: len(bench.outcomes()) == 10)
         done = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text
 
-    assert "widget_consumer_posting 2.0" in busy
-    assert "widget_consumer_waiting 8.0" in busy
-    assert 'widget_consumer_messages_total{event="created"} 10.0' in done
-    assert "widget_consumer_breaker_open 0.0" in done
+    assert 'widget_consumer_messages{state="posting"} 2.0' in busy
+    assert 'widget_consumer_messages{state="waiting"} 8.0' in busy
+    assert "widget_consumer_slots_busy 2.0" in busy
+    assert 'widget_consumer_queue_messages{queue="request",state="claimed"} 10.0' in busy
+    assert 'widget_consumer_outcomes_total{outcome="created"} 10.0' in done
+    assert "widget_consumer_post_duration_seconds_count 10.0" in done
+    assert 'widget_consumer_breaker_state{state="closed"} 1.0' in done
 
 
 def test_the_log_as_json_is_one_object_a_line(bench: Bench) -> None:

@@ -1001,6 +1001,81 @@ class Flaky(SqliteQueues):
         return super().claim(queue, **options)
 
 
+def test_a_claim_that_never_returns_is_stuck_and_one_that_waits_is_not(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(widget_consumer, "STUCK_AFTER_S", 0.2)
+    hanging = threading.Event()
+
+    class Hangs(SqliteQueues):
+        def claim(self, queue: str, **options: Any) -> Claim | None:
+            hanging.wait(30)
+            return super().claim(queue, **options)
+
+    with bench.consuming(bench.open(Hangs)) as running:
+        wait_until(lambda: running.consumer.is_stuck)
+        hanging.set()
+        wait_until(lambda: not running.consumer.is_stuck)
+
+
+def test_a_pause_that_the_service_asks_for_is_not_being_stuck(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widget_consumer, "STUCK_AFTER_S", 0.0)
+    monkeypatch.setattr(widget_consumer, "CLAIM_PAUSE_S", 30.0)
+    failed = threading.Event()
+
+    class Asks(SqliteQueues):
+        def claim(self, queue: str, **options: Any) -> Claim | None:
+            failed.set()
+            raise QueueUnavailable("later", retry_after_s=30)
+
+    with bench.consuming(bench.open(Asks)) as running:
+        failed.wait(10)
+        wait_until(lambda: not running.consumer.is_stuck)
+        with running.consumer._lock:  # the claiming thread waits
+            assert not running.consumer.is_stuck
+
+
+def test_redeliveries_and_post_times_are_counted(bench: Bench) -> None:
+    bench.post(A, B)
+    bench.maker.answer = in_turn(bench.maker, Reply(500))
+
+    with bench.consumer(drain=True, slots=1) as consumer:
+        consumer.run()
+
+    assert (consumer.totals["received"], consumer.totals["redelivered"]) == (3, 1)
+    assert sum(consumer.post_times.counts) == 3
+    assert 0 < consumer.post_times.seconds < 10
+
+
+def test_the_status_counts_claims_messages_and_busy_slots(bench: Bench) -> None:
+    bench.post(*(widget_id(number) for number in range(5)))
+    bench.maker.answer = lambda request: Raw(end="hang")
+    idle = {"claims": 0, "held": 0, "waiting": 0, "posting": 0, "busy_slots": 0, "breaker_open": 0}
+
+    with bench.consuming(slots=2, claim_limit=3) as running:
+        wait_until(lambda: running.consumer.status()["held"] == 5)
+        wait_until(lambda: len(bench.maker.requests) == 2)
+        busy = {"claims": 2, "held": 5, "waiting": 3, "posting": 2, "busy_slots": 2}
+        assert running.consumer.status() == idle | busy
+        bench.maker.answer = bench.maker.real
+        bench.maker.release()
+        wait_until(lambda: running.consumer.status() == idle)
+
+
+def test_a_batch_is_one_post_and_one_busy_slot(bench: Bench) -> None:
+    bench.post(A, B, C)
+    bench.maker.answer = lambda request: Raw(end="hang")
+
+    with bench.consuming(slots=2, post_batch=20) as running:
+        wait_until(lambda: len(bench.maker.requests) == 1)
+        status = running.consumer.status()
+        assert (status["posting"], status["busy_slots"]) == (3, 1)
+        bench.maker.answer = bench.maker.real
+        bench.maker.release()
+        wait_until(lambda: bench.left.total == 0)
+    assert sum(running.consumer.post_times.counts) == len(bench.maker.requests)
+
+
 def test_a_queue_service_that_fails_is_asked_again_with_one_line_in_the_log(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
