@@ -27,6 +27,9 @@ SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_
 ENDED = b"\0"
 """What run_until_signal() reads when the work is over; signals have numbers from 1."""
 
+SAME_SIGNAL_S = 0.5
+"""GNU timeout, among others, sends a signal to the process and then to its group, which the process is in."""
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -166,7 +169,7 @@ def run(command: click.Command) -> NoReturn:
 def run_until_signal(work: Callable[[], None], *, stop: Callable[[], None]) -> None:
     """Run the work in a thread; the first signal calls `stop`, a second one ends the process at once.
 
-    Raises what the work raises.
+    What comes within SAME_SIGNAL_S of the first is that one again. Raises what the work raises.
     """
     errors: list[Exception] = []
 
@@ -181,10 +184,12 @@ def run_until_signal(work: Callable[[], None], *, stop: Callable[[], None]) -> N
         threading.Thread(target=run_work, name="work", daemon=True).start()
         event = reader.recv(1)
         if event != ENDED:
-            stop()
-            event = reader.recv(1)
-        if event != ENDED:
-            os._exit(128 + event[0])
+            first_at = time.monotonic()
+            threading.Thread(target=stop, name="stop", daemon=True).start()  # or a second signal would wait for it
+            while (event := reader.recv(1)) != ENDED:
+                if time.monotonic() - first_at >= SAME_SIGNAL_S:
+                    log.warning("second signal: ending at once; what is held is free when its claim ends")
+                    os._exit(128 + event[0])
     if errors:
         raise errors[0]
 
@@ -241,6 +246,9 @@ class Log:
 
     def error(self, event: str, **fields: object) -> None:
         self._logger.error(event, extra={"fields": fields})
+
+
+log = Log("claim_queues")
 
 
 def configure_logging(form: str, level: str) -> None:

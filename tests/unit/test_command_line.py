@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import click
 import pytest
 from in_process import Ended, call
+from support import wait_until
 
 from claim_queues import ConfigError, CredentialsError, PostIncomplete, QueueError, QueuesError, StoreError
 from claim_queues.command_line import (
@@ -97,6 +99,27 @@ def test_a_stdout_that_takes_nothing_is_exit_1_without_a_traceback(tmp_path: Pat
             [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
     assert (ended.returncode, ended.stderr) == (1, "error: [Errno 28] No space left on device\n")
+
+
+# Signals
+
+
+def test_a_second_signal_does_not_wait_for_a_stop_that_takes_long() -> None:
+    program = """
+import threading
+from claim_queues.command_line import run_until_signal
+def forever(name):
+    print(name, flush=True)
+    threading.Event().wait()
+run_until_signal(lambda: forever("working"), stop=lambda: forever("stopping"))
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "working\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "stopping\n"
+        wait_until(lambda: process.send_signal(signal.SIGINT) or process.poll() is not None, seconds=5)
+    assert process.returncode == 130
 
 
 # Options
