@@ -94,6 +94,7 @@ class Delivery:
     probe: it tries whether the maker is back. alone: so did it the last time, so its failure alone proves nothing.
     well_before: then its /healthz answered before the POST.
     on_trial: this receive counts against it only once its POST starts. single: it is not to join a batch again.
+    batch_refusal: why the maker, or whoever answered, would have nothing to do with the batch that it was in.
     """
 
     held: Held
@@ -103,6 +104,7 @@ class Delivery:
     well_before: bool = False
     on_trial: bool = False
     single: bool = False
+    batch_refusal: str = ""
     answer: Answer = NO_ANSWER
 
     @property

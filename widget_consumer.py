@@ -413,12 +413,10 @@ class Consumer:
                 for delivery in batch:
                     self._conclude(delivery, guilty=False, seconds=seconds)
                 return
-            if whole.failure is Failure.MISCONFIGURED and self._most_in_a_post > 1:
-                self._most_in_a_post = 1
-                log.error("the maker takes no batches: posting one by one", url=self._maker.url, reason=whole.reason)
             self._posting -= len(batch)
             for delivery in batch:
                 delivery.single = True
+                delivery.batch_refusal = whole.reason if whole.failure is Failure.MISCONFIGURED else ""
             if self._stopping or self._breaker.is_open:
                 self._excuse(batch)
             else:
@@ -445,11 +443,19 @@ class Consumer:
                 log.info(answer.outcome, **delivery.fields(), reason=answer.reason or None, ms=took)
                 self._settle(delivery, answer.outcome, answer.reason, fenced=False)
                 self._act_on(self._breaker.passed(probe=delivery.probe))
+                self._stop_batches(delivery.batch_refusal)
             if was_open and not self._breaker.is_open:
                 self._reported = ""
+                self._most_in_a_post = self._settings.post_batch
                 log.info("the maker is back", after_s=round(time.monotonic() - self._breaker.opened_at, 1))
             if was_open or answer.outcome is None:
                 self._has_room.notify()  # when to claim next may have changed
+
+    def _stop_batches(self, refusal: str) -> None:
+        """Where a batch was refused that passes one by one, the batch was at fault, not the maker's URL."""
+        if refusal and self._most_in_a_post > 1:
+            self._most_in_a_post = 1
+            log.error("the maker takes no batches: posting one by one", url=self._maker.url, reason=refusal)
 
     def _act_on(self, verdict: Verdict[Delivery]) -> None:
         """Blame and excuse as the breaker says; when it opens, give back all that waits for a slot."""

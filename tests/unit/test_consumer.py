@@ -1374,6 +1374,48 @@ def test_a_maker_that_takes_no_batches_is_told_of_once_and_gets_them_one_by_one(
     assert caplog.text.count("takes no batches") == 1
 
 
+@pytest.mark.parametrize("wrong", [Reply(404, HTML), Reply(421), Reply(501)], ids=str)
+def test_a_maker_that_was_wrong_for_everything_gets_batches_again_once_it_is_back(
+    bench: Bench, caplog: pytest.LogCaptureFixture, wrong: Reply
+) -> None:
+    bench.post(*(widget_id(number) for number in range(20)))
+    bench.maker.answer = lambda request: wrong
+    with bench.consuming(post_batch=20, slots=1) as running:
+        wait_until(lambda: running.consumer.status()["breaker_open"] and len(bench.maker.requests) > 3)
+        assert batch_of(bench)[0] == 20
+        bench.maker.answer = bench.maker.real
+        wait_until(lambda: bench.left.total == 0)
+        bench.post(*(widget_id(number) for number in range(20, 40)))
+        wait_until(lambda: len(bench.maker.widgets) == 40)
+
+    assert "takes no batches" not in caplog.text
+    assert batch_of(bench)[-1] == 20
+
+
+def test_a_maker_that_takes_no_batches_is_asked_again_after_it_was_gone(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    taking = threading.Event()
+
+    def answer(request: Request) -> Reply | Raw:
+        return Reply(404, HTML) if request.is_batch and not taking.is_set() else bench.maker.real(request)
+
+    bench.maker.answer = answer
+    bench.post(A, B)
+    with bench.consuming(post_batch=20, slots=1) as running:
+        wait_until(lambda: "takes no batches" in caplog.text and bench.left.total == 0)
+        bench.maker.answer = lambda request: DOWN
+        bench.post(C)
+        wait_until(lambda: running.consumer.status()["breaker_open"])
+        taking.set()
+        bench.maker.answer = answer
+        wait_until(lambda: bench.left.total == 0)
+        bench.post(*(widget_id(number) for number in range(20, 40)))
+        wait_until(lambda: len(bench.maker.widgets) == 23)
+
+    assert batch_of(bench)[-1] == 20
+
+
 def test_an_outage_of_batches_charges_nobody_and_opens_the_breaker(bench: Bench) -> None:
     ids = bench.post(*(widget_id(number) for number in range(40)))
     bench.maker.answer = lambda request: DOWN
