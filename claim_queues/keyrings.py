@@ -27,8 +27,8 @@ def secret(service: str, user: str, *, what: str) -> str:
         raise CredentialsError(f"keyring keeps secrets in plain text ({name}): choose another backend, {then}")
     if not usable:
         raise CredentialsError(
-            f"keyring has no usable backend ({type(backend).__module__}): start GNOME Keyring or KWallet, or use"
-            f" macOS's or Windows's own, {then}"
+            f"keyring has no usable backend ({type(backend).__module__}): start GNOME Keyring or KWallet, use"
+            f" macOS's or Windows's own, or name one that encrypts by itself in PYTHON_KEYRING_BACKEND, {then}"
         )
     if not found:
         raise CredentialsError(f"keyring has no {what} of {user} for {service}: {store}")

@@ -106,7 +106,10 @@ def main():
         use_mongomock()
     app = with_clock(zaqar_app(driver, *(rest or [None])))
     # mongomock is not atomic as a MongoDB is: one request at a time.
-    waitress.serve(app, host="127.0.0.1", port=int(port), threads=4 if driver == "redis" else 1)
+    try:
+        waitress.serve(app, host="127.0.0.1", port=int(port), threads=4 if driver == "redis" else 1)
+    except OSError as error:  # stdout, where Zaqar logs, may lead nowhere
+        sys.exit(f"cannot listen at port {port}: {error.strerror}")
 
 
 if __name__ == "__main__":

@@ -565,7 +565,11 @@ class Empty(Keyring):
     ("backend", "user", "says"),
     [
         (fail.Keyring, USER, "no usable backend .keyring.backends.fail.: start"),
-        (null.Keyring, USER, "no usable backend .keyring.backends.null.: start"),
+        (
+            null.Keyring,
+            USER,
+            "no usable backend .keyring.backends.null.: start.* in PYTHON_KEYRING_BACKEND, then store",
+        ),
         (chained, USER, "no usable backend .keyring_double.: start"),
         (lambda: chained(null.Keyring(), fail.Keyring()), USER, "no usable backend"),
         (PlainText, USER, "plain text .keyrings.alt.file.PlainText.: choose another"),

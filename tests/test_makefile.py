@@ -1,0 +1,30 @@
+"""What `make zaqar` and `make sqs` say where they cannot start."""
+
+import re
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+from support import HERE
+
+SERVERS = re.findall(
+    r"@((\S+/bin/python) tests/servers/(\w+)_server\.py (\d+).*>/dev/null)", (HERE / "Makefile").read_text()
+)
+
+
+@pytest.mark.parametrize(("command", "python", "name", "port"), SERVERS, ids=[name for _, _, name, _ in SERVERS])
+def test_a_port_that_is_taken_is_said(command: str, python: str, name: str, port: str) -> None:
+    if not Path(HERE, python).exists():
+        pytest.skip(f"needs {python} (make servers)")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        there = command.replace(port, str(taken.getsockname()[1]))
+        done = subprocess.run(there, shell=True, cwd=HERE, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert re.search("address already in use", done.stderr, re.I)
+
+
+def test_both_servers_are_found() -> None:
+    assert {name for _, _, name, _ in SERVERS} == {"zaqar", "sqs"}
