@@ -11,6 +11,8 @@ import pytest
 import readme
 from support import HERE, Script, free_port, is_healthy, script, wait_until
 
+import claim_queues.__main__
+
 TEXT = readme.README.read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
 PYTHON = ".venv/bin/python "
@@ -28,6 +30,12 @@ SUBMIT_AND_WAIT = {
 
 def test_the_option_tables_are_those_of_the_commands() -> None:
     assert readme.written() == TEXT, "run `make readme`"
+
+
+@pytest.mark.parametrize("command", ["peek", "dead-letters", "redrive"])
+def test_the_columns_of_the_tool_stand_in_readme(command: str) -> None:
+    (columns,) = re.findall(r": ([A-Z_]+ [A-Z_ ]+)\.", claim_queues.__main__.cli.commands[command].help or "")
+    assert f"prints `{columns}`" in " ".join(TEXT.split())
 
 
 def test_make_targets_in_readme_exist() -> None:
