@@ -268,6 +268,13 @@ class Maker:
         """Say whether the maker's /healthz answers as ours does: 200 and `{"status": "ok"}`."""
         return self.connect().is_healthy()
 
+    def trouble(self) -> str | None:
+        """Why requests cannot be made there; None where it answers one for no widget as our maker does."""
+        connection = self.connect()
+        answer = connection.post({"widget_id": ""}, {})
+        connection.close()
+        return None if answer.outcome else answer.reason
+
     @contextmanager
     def deadline(self, connection: "Connection") -> Iterator[None]:
         """Abort what the connection does in this block once deadline_s have passed."""

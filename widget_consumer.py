@@ -49,6 +49,7 @@ from claim_queues.command_line import (
     run_until_signal,
 )
 from claim_queues.keeper import End, Held, Keeper
+from claim_queues.preflight import Report, check_queues
 from claim_queues.signing import load_signer, signing_options
 from claim_queues.store import state_path
 from delivery import Connection, Delivery, Durations, Maker, MakerMisconfigured
@@ -639,15 +640,18 @@ class Consumer:
 @option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", help="Least level logged."
 )
+@option("--check", is_flag=True, help="Check queues, maker and options, say what is wrong with them, and exit.")
 @click.version_option(__version__)
 @click.pass_context
-def cli(ctx: click.Context, /, **given: Any) -> None:
+def cli(ctx: click.Context, /, **given: Any) -> int:
     """Claim requests, POST each to the widget maker, and settle each by its answer.
 
     Runs until SIGTERM or Ctrl-C: then it finishes what is in flight, gives the rest back, and exits 0.
     Exit codes: 0 stopped or drained, 1 failed, 2 usage, 4 credentials, 5 a local file cannot be used.
     """
     configure_logging(given["log_format"], given["log_level"])
+    if given["check"]:
+        return _check(ctx, given)
     if given["deadline"] > given["claim_ttl"] - 10:
         raise ConfigError(f"--deadline {given['deadline']:g}: must be at most --claim-ttl less 10 seconds")
     distinct(given["request_queue"], given["response_queue"], given["dead_letter_queue"])
@@ -660,11 +664,7 @@ def cli(ctx: click.Context, /, **given: Any) -> None:
     with open_queues(given["queue_url"]) as queues:
         settings = _settings(ctx, queues, given)
         require_queues(queues, settings.queues, create=settings.create)
-        counts = ReceiveCounts(
-            _counts_path(given["receive_counts"]),
-            f"{queues.address} {settings.request_queue}",
-            counted_by_service=queues.limits.counts_receives,
-        )
+        counts = _open_counts(queues, settings, given)
         consumer = Consumer(queues, maker, counts, settings)
 
         def stop() -> None:
@@ -674,6 +674,26 @@ def cli(ctx: click.Context, /, **given: Any) -> None:
         with _monitored(consumer, maker, given):
             run_until_signal(consumer.run, stop=stop)
         counts.close()
+    return 0
+
+
+def _check(ctx: click.Context, given: dict[str, Any]) -> int:
+    """Print what would keep a consumer with these options from its work; gives the exit code."""
+    report = Report()
+    maker = Maker(given["maker_url"], deadline_s=given["deadline"])
+    if trouble := maker.trouble():
+        report.failure(f"maker {maker.url}: {trouble}: start it, or mend --maker-url")
+    elif not maker.is_healthy():
+        report.warning(f"maker {maker.url}: its /healthz does not answer: a bad message alone is tried for ever")
+    else:
+        report.ok(f"maker {maker.url}: answers as the widget maker does")
+    with open_queues(given["queue_url"]) as queues:
+        settings = _settings(ctx, queues, given)
+        options = {name: given[name] for name in ("claim_ttl", "grace", "deadline", "create")}
+        check_queues(report, queues, settings.queues, **options)
+        _open_counts(queues, settings, given).close()
+    report.ok("the other options fit, and receives can be counted")
+    return report.exit_code
 
 
 @contextmanager
@@ -706,10 +726,12 @@ def _settings(ctx: click.Context, queues: Queues, given: dict[str, Any]) -> Sett
     return Settings(**values)
 
 
-def _counts_path(given: str | None) -> Path | None:
-    if given == "none":
-        return None
-    return Path(given).absolute() if given else state_path("receive-counts.sqlite3")
+def _open_counts(queues: Queues, settings: Settings, given: dict[str, Any]) -> ReceiveCounts:
+    path, name = None, given["receive_counts"]
+    if name != "none":
+        path = Path(name).absolute() if name else state_path("receive-counts.sqlite3")
+    source = f"{queues.address} {settings.request_queue}"
+    return ReceiveCounts(path, source, counted_by_service=queues.limits.counts_receives)
 
 
 def main() -> None:

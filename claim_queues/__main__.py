@@ -18,7 +18,6 @@ from . import (
     Message,
     PostIncomplete,
     Queues,
-    QueuesError,
     Settlement,
     open_queues,
 )
@@ -35,6 +34,7 @@ from .command_line import (
     require_queues,
     run,
 )
+from .preflight import EXIT_FAILED, Report, check_queues
 
 KINDS = ("request", "response", "dead-letter")
 PEEK_MESSAGES = 10
@@ -43,7 +43,6 @@ REDRIVE_CLAIM_TTL_S = 60
 REDRIVE_WAIT_S = 2
 """A claim that does not wait may overlook messages (SQS). Where none are left it is waited once, at the end."""
 RENEW_EVERY_S = 20.0
-EXIT_FAILED = 1
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON lines.")
 limit_option = click.option(
@@ -176,57 +175,14 @@ def purge(kind: str, queue_url: str | None, yes: bool, create: bool, **names: st
 @option("--grace", type=WholeNumber(60, 43_200, "seconds"), default=60, help="The consumer's --grace.")
 @option("--deadline", type=Number(0.1, 43_190, "seconds"), default=20.0, help="The consumer's --deadline.")
 def check(queue_url: str | None, claim_ttl: int, grace: int, deadline: float, create: bool, **names: str) -> int:
-    """Check a set-up before it goes live: each line is ok, warning or failure, with what to do."""
-    failed = False
+    """Check a set-up before it goes live: each line is ok, warning or failure, with what to do.
 
-    def say(verdict: str, text: object) -> None:
-        nonlocal failed
-        failed |= verdict == "failure"
-        click.echo(f"{verdict:8}{one_line(text, 400)}")
-
+    `widget_consumer.py --check` checks the widget maker too.
+    """
+    report, given = Report(), list(names.values())
     with open_queues(queue_url) as queues:
-        say("ok", f"{queues.limits.service} opened: {queues.address}")
-        for name in names.values():
-            try:
-                require_queues(queues, [name], create=create)
-                warnings = queues.inspect(name)
-                say("ok", f"queue {name}: {queues.stats(name).total:,} messages")
-                for warning in warnings:
-                    say("warning", warning)
-            except QueuesError as error:
-                say("failure", error)
-        try:
-            distinct(*names.values())
-            queues.limits.check_claim(ttl=claim_ttl, grace=grace, limit=queues.limits.claim_limit)
-            say("ok", f"claim TTL {claim_ttl} s and grace {grace} s are in range")
-        except ConfigError as error:
-            say("failure", error)
-        if deadline > claim_ttl - 10:
-            say("failure", f"deadline {deadline:g} s: must be at most the claim TTL less 10 s; raise --claim-ttl")
-        else:
-            say("ok", f"deadline {deadline:g} s fits the claim TTL")
-        for sentence in _cannot(queues):
-            say("warning", f"{queues.limits.service} {sentence}")
-    return EXIT_FAILED if failed else 0
-
-
-def _cannot(queues: Queues) -> Iterator[str]:
-    """What the service cannot do, and what that means for the scripts."""
-    limits = queues.limits
-    if not limits.can_browse:
-        yield "cannot look without claiming: --wait, peek and dead-letters are refused"
-    if not limits.counts_receives:
-        yield "does not count receives: consumers count in --receive-counts, each machine apart"
-    if not limits.releases_one_message:
-        yield "releases whole claims only: a message in backoff stays claimed until the rest of its claim is settled"
-    if not limits.fenced_delete:
-        yield "does not notice a delete that comes after its claim: the consumer's own clock decides"
-    if not limits.atomic_settle:
-        yield "posts and deletes one after the other: a crash in between repeats a response"
-    if limits.grace is None:
-        yield "has no grace: a message can expire while it is claimed"
-    if limits.message_ttl is None:
-        yield "has one message TTL for the whole queue: --ttl and --response-ttl are refused"
+        check_queues(report, queues, given, claim_ttl=claim_ttl, grace=grace, deadline=deadline, create=create)
+    return report.exit_code
 
 
 def _browse_all(queues: Queues, name: str, *, claimed: bool) -> Iterator[Message]:

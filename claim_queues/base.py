@@ -5,9 +5,11 @@ it, then deletes it), renews the claim while work goes on, or releases what it w
 neither settled nor renewed becomes free again when the claim TTL ends. Messages are delivered at least once.
 """
 
+import email.utils
 import json
 import math
 import re
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -317,6 +319,15 @@ class Queues(ABC):
         """
         return []
 
+    @property
+    def credentials(self) -> str:
+        """Where they were found, for people; never what they are."""
+        return "none are needed"
+
+    def clock_ahead(self, queue: str) -> float | None:
+        """Seconds by which this machine's clock is ahead of the service's; None where the service does not tell."""
+        return None
+
     @abstractmethod
     def stop_waiting(self) -> None:
         """End every wait of this object, present and future; callable from any thread."""
@@ -343,6 +354,14 @@ def decode(text: str) -> JSON:
         return _DECODE(text)
     except (ValueError, RecursionError):
         return text
+
+
+def ahead_of(date: str | None) -> float | None:
+    """Seconds by which this machine's clock is ahead of an answer's Date header; None where there is none."""
+    try:
+        return time.time() - email.utils.parsedate_to_datetime(date or "").timestamp()
+    except ValueError:
+        return None
 
 
 def _refuse(number: str) -> None:

@@ -74,6 +74,10 @@ class CloudQueues(ZaqarApi):
             address += f"?identity={identity.auth_endpoint}"
         return cls(Client(identity, region, session), address, session)
 
+    @property
+    def credentials(self) -> str:
+        return f"the API key of {self._client.identity.username}, in keyring"
+
     def exists(self, queue: str) -> bool:
         self.limits.check_queue(queue)
         return bool(self._call(f"look for {queue} at {self.address}", {}, self._client.queue_exists, queue))

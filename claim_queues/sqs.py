@@ -21,7 +21,21 @@ from functools import cache, partial
 from typing import Any, Self
 from urllib.parse import parse_qsl, urlencode
 
-from .base import JSON, Claim, Limits, Message, Outgoing, Page, Queues, Range, Settled, Settlement, Stats, decode
+from .base import (
+    JSON,
+    Claim,
+    Limits,
+    Message,
+    Outgoing,
+    Page,
+    Queues,
+    Range,
+    Settled,
+    Settlement,
+    Stats,
+    ahead_of,
+    decode,
+)
 from .errors import (
     ClaimLost,
     ConfigError,
@@ -33,7 +47,7 @@ from .errors import (
     QueuesError,
     QueueUnavailable,
 )
-from .sqs_client import SDK_ERRORS, WRITE, AnswerLost, connect, entry_problem, problem, understanding
+from .sqs_client import SDK_ERRORS, WRITE, AnswerLost, connect, entry_problem, problem, source, understanding
 
 LONGEST_RETENTION_S, USUAL_RETENTION_S = 1_209_600, 345_600
 LONGEST_HOLD_S = 43_200
@@ -101,10 +115,15 @@ class SqsQueues(Queues):
         self.address = f"sqs://{region}" + (f"?{urlencode(given, safe=':/[]')}" if given else "")
         self._connect = partial(connect, self.address, region, endpoint, profile)
         self.requests = Counter()
+        self._source = partial(source, profile)
         self._stopped = threading.Event()
         self._url = cache(self._look_up)
         self._retention = cache(lambda queue: self._numbers(queue, "MessageRetentionPeriod")[0])
         self._client = self._connect()
+
+    @property
+    def credentials(self) -> str:
+        return f"those that boto3 finds ({self._source()})"
 
     @classmethod
     def from_url(cls, url: str) -> Self:
@@ -231,6 +250,10 @@ class SqsQueues(Queues):
             f"takes bodies up to {largest:,} bytes: raise its MaximumMessageSize": largest < self.limits.message_bytes,
         }
         return [f"queue {queue} {text}" for text, holds in warnings.items() if holds]
+
+    def clock_ahead(self, queue: str) -> float | None:
+        found = self._ask("get_queue_attributes", queue, AttributeNames=["QueueArn"])
+        return ahead_of(found.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date"))
 
     def stop_waiting(self) -> None:
         self._stopped.set()

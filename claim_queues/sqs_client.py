@@ -79,10 +79,7 @@ def connect(address: str, region: str, endpoint: str | None, profile: str | None
     if endpoint is not None:
         _check_endpoint(endpoint)
     try:
-        core = botocore.session.Session(profile=profile)
-        if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() != "false":
-            # Away from EC2 nothing answers there, and it is slow to notice.
-            core.get_component("credential_provider").remove("iam-role")
+        core = _session(profile)
         if core.get_credentials() is None:
             raise CredentialsError(f"{address}: no AWS credentials: {HOW_TO_LOG_IN}")
         config = Config(
@@ -102,6 +99,20 @@ def connect(address: str, region: str, endpoint: str | None, profile: str | None
         raise ConfigError(f"{address}: the endpoint of your AWS settings is no URL") from error
     _check_endpoint(client.meta.endpoint_url)  # the user's AWS settings can name one too
     return client
+
+
+def source(profile: str | None) -> str:
+    """Where boto3 finds credentials for this profile, in its own words: `env`, `shared-credentials-file`, ..."""
+    found = _session(profile).get_credentials()
+    return str(found.method) if found else "nowhere"
+
+
+def _session(profile: str | None) -> botocore.session.Session:
+    session = botocore.session.Session(profile=profile)
+    if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() != "false":
+        # Away from EC2 nothing answers there, and it is slow to notice.
+        session.get_component("credential_provider").remove("iam-role")
+    return session
 
 
 def problem(error: Exception, what: str) -> QueuesError:

@@ -16,6 +16,7 @@ from keystoneauth1.adapter import Adapter
 from keystoneauth1.noauth import NoAuth
 from keystoneauth1.session import Session
 from openstack import exceptions as sdk
+from openstack.config import OpenStackConfig
 from openstack.connection import Connection
 
 from .base import Message, Page, Stats
@@ -117,6 +118,12 @@ class ZaqarQueues(ZaqarApi):
         except Exception as error:  # what reads clouds.yaml lets through the errors of files and YAML too
             kind, advice = next((row[1:] for row in ERRORS if isinstance(error, row[0])), (ConfigError, ""))
             raise kind(f"{address}: {said_of(error)}{advice}") from error
+
+    @property
+    def credentials(self) -> str:
+        if not (cloud := urlsplit(self.address).netloc):
+            return "none: a Zaqar without Keystone"
+        return f"those of {unquote(cloud)} in {OpenStackConfig().config_filename}"
 
     def exists(self, queue: str) -> bool:
         """Say whether the queue is listed: API v2 answers everything else as if it were."""

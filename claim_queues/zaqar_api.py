@@ -22,7 +22,21 @@ import requests
 from urllib3.exceptions import HTTPError, InvalidHeader, MaxRetryError
 from urllib3.util import Retry
 
-from .base import JSON, Claim, Limits, Message, Outgoing, Page, Queues, Range, Settled, Settlement, Stats, decode
+from .base import (
+    JSON,
+    Claim,
+    Limits,
+    Message,
+    Outgoing,
+    Page,
+    Queues,
+    Range,
+    Settled,
+    Settlement,
+    Stats,
+    ahead_of,
+    decode,
+)
 from .errors import (
     ClaimLost,
     ConfigError,
@@ -349,6 +363,10 @@ class ZaqarApi(Queues):
             counts = found["messages"]
             age = float(counts["oldest"]["age"]) if "oldest" in counts else None
             return Stats(int(counts["free"]), int(counts["claimed"]), 0, age)
+
+    def clock_ahead(self, queue: str) -> float | None:
+        answer, _ = self._ask("count", queue, "GET", "stats")
+        return ahead_of(answer.headers.get("Date"))
 
     def stop_waiting(self) -> None:
         self._stopped.set()

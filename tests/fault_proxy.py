@@ -14,7 +14,7 @@ import threading
 import requests
 from scripted_maker import Raw, Reply, Request, ScriptedMaker
 
-HOP_BY_HOP = {"connection", "transfer-encoding", "content-length", "content-encoding", "keep-alive", "date", "server"}
+HOP_BY_HOP = {"connection", "transfer-encoding", "content-length", "content-encoding", "keep-alive"}
 
 
 class FaultProxy(ScriptedMaker):

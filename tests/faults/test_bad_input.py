@@ -130,6 +130,7 @@ SCRIPTS = {
             "--poll-interval": decimal(0.1, 20),
             "--response-ttl": TTL,
             "--drain": FLAG,
+            "--check": FLAG,
             "--receive-counts": TEXT,
             "--metrics-port": whole(1, 65_535),
         },

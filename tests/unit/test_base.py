@@ -1,7 +1,9 @@
 """What the contract itself decides for every service: ranges, names, bodies as JSON text."""
 
+import email.utils
 import json
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from claim_queues import ConfigError, Limits, MessageRefused, Range, Stats
-from claim_queues.base import Queues, decode
+from claim_queues.base import Queues, ahead_of, decode
 
 LIMITS = Limits(
     service="a service",
@@ -211,3 +213,18 @@ def test_a_service_that_has_no_surprises_says_nothing():
     service = type("Service", (Queues,), dict.fromkeys(Queues.__abstractmethods__))
 
     assert service().inspect("requests") == []
+
+
+# Clocks
+
+
+@pytest.mark.parametrize("ahead_s", [0, 3600, -3600])
+def test_the_clock_is_compared_with_a_date_header(ahead_s: int) -> None:
+    found = ahead_of(email.utils.formatdate(time.time() - ahead_s, usegmt=True))
+    assert found is not None
+    assert -1 <= found - ahead_s < 10
+
+
+@pytest.mark.parametrize("date", [None, "", "yesterday", "Tue, 99 Foo 2026 25:00:00 GMT"])
+def test_without_a_date_the_clock_of_the_service_is_not_known(date: str | None) -> None:
+    assert ahead_of(date) is None

@@ -1,9 +1,11 @@
 """Rackspace Cloud Queues with pyrax mocked, its odd answers included; keyring; queue URLs. No network, no account."""
 
 import ast
+import email.utils
 import inspect
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import Mock
@@ -609,3 +611,26 @@ def test_pauses_of_a_wait_double_up_to_two_seconds(
 
     assert queues.claim("q", **TERMS, limit=1, wait=1000) is None
     assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
+
+
+# What an operator asks
+
+
+def test_the_clock_is_that_of_an_answer(queues: CloudQueues, pyrax_client: Mock) -> None:
+    date = email.utils.formatdate(time.time() - 100, usegmt=True)
+    counts = {"messages": {"claimed": 0, "free": 0, "total": 0}}
+    pyrax_client.method_get.return_value = answered(200, counts, Date=date)
+    assert 99 <= (queues.clock_ahead("q") or 0) < 120
+
+
+def test_requests_are_counted_by_what_they_ask_for(queues: CloudQueues, pyrax_client: Mock) -> None:
+    pyrax_client.method_post.return_value = answered(204)
+    queues.claim("q", **TERMS, limit=20)
+    queues.claim("q", **TERMS, limit=20)
+    queues.exists("q")
+    assert queues.requests == {"claim": 2, "look": 1}
+
+
+def test_credentials_are_told_by_where_they_are(queues: CloudQueues, pyrax_client: Mock) -> None:
+    pyrax_client.identity = Mock(username="tester")
+    assert queues.credentials == "the API key of tester, in keyring"

@@ -1280,6 +1280,56 @@ def test_a_deadline_that_just_fits_the_claim_ttl_is_taken(command_line: CommandL
     assert command_line.run("--drain", "--deadline", "50", "--claim-ttl", "60") == 0
 
 
+# --check
+
+
+@pytest.fixture
+def check(command_line: CommandLine, bench: Bench, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Run --check with these options: its exit code, and the lines that are not ok."""
+
+    def run(*options: str) -> tuple[object, list[str]]:
+        code = command_line.run("--check", "--maker-url", bench.maker_url, *options)
+        lines = capsys.readouterr().out.splitlines()
+        return code, [line for line in lines if not line.startswith("ok ")]
+
+    return run
+
+
+def test_check_says_that_all_is_well_and_changes_nothing(bench: Bench, check: Callable[..., Any]) -> None:
+    with SqliteQueues(Path("queues.sqlite3")) as queues:
+        queues.post("itchy-octo-chainsaw-request", [{"widget_id": A}])
+        assert check() == (0, [])
+        assert queues.stats("itchy-octo-chainsaw-request").free == 1
+    assert bench.maker.widgets == {}
+
+
+@pytest.mark.parametrize("answer", [Reply(404, HTML), Reply(200, HTML), Reply(307), Reply(401), DOWN, Raw()], ids=str)
+def test_check_fails_where_the_maker_is_none(bench: Bench, check: Callable[..., Any], answer: Reply | Raw) -> None:
+    bench.maker.answer = lambda request: answer
+    code, (line,) = check()
+    assert code == 1
+    assert line.startswith(f"failure maker {bench.maker_url}: ")
+    assert line.endswith(": start it, or mend --maker-url")
+
+
+def test_check_warns_where_the_maker_tells_no_health(bench: Bench, check: Callable[..., Any]) -> None:
+    bench.maker.health = Reply(404)
+    code, (line,) = check()
+    assert (code, line[:8], "/healthz does not answer" in line) == (0, "warning ", True)
+
+
+def test_check_finds_a_receive_counts_file_that_cannot_be_used(check: Callable[..., Any]) -> None:
+    Path("counts").mkdir()
+    assert check("--receive-counts", "counts")[0] == 5
+
+
+def test_check_finds_options_that_the_service_cannot_honour(
+    command_line: CommandLine, bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line.run("--check", "--maker-url", bench.maker_url, "--grace", "60", grace=None) == 2
+    assert "--grace: the embedded queue has no such thing" in capsys.readouterr().err
+
+
 # Batches
 
 

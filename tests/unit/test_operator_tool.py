@@ -18,6 +18,7 @@ import claim_queues.__main__
 from claim_queues import (
     JSON,
     Claim,
+    CredentialsError,
     Message,
     PostIncomplete,
     Queues,
@@ -397,6 +398,7 @@ def test_check_says_that_all_is_well(queues: Queues) -> None:
     assert ended.code == 0
     assert {line.split()[0] for line in ended.lines} == {"ok"}
     assert f"ok      the embedded queue opened: {queues.address}" in ended.lines
+    assert "ok      credentials: none are needed" in ended.lines
 
 
 @pytest.mark.parametrize(
@@ -437,6 +439,38 @@ def test_check_says_what_the_service_cannot_do_and_what_would_surprise(
     warnings = [line for line in ended.lines if line.startswith("warning")]
     assert len(warnings) == 3 + 7
     assert f"warning {REQUESTS} has a receive limit" in warnings
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "line"),
+    [
+        (90.0, "warning this machine's clock is 90 s ahead of the service's: set it, by NTP for example"),
+        (-90.0, "warning this machine's clock is 90 s behind the service's: set it, by NTP for example"),
+        (1.2, "ok      this machine's clock and the service's agree"),
+    ],
+)
+def test_check_compares_the_clocks_where_the_service_tells_its_own(
+    queues: Queues, use: Callable[..., None], ahead_s: float, line: str
+) -> None:
+    assert "machine's clock" not in tool("check").out
+
+    class Telling(SqliteQueues):
+        def clock_ahead(self, queue: str) -> float:
+            return ahead_s
+
+    use(Telling)
+    ended = tool("check")
+    assert (ended.code, line in ended.lines) == (0, True)
+
+
+def test_refused_credentials_are_exit_code_4(use: Callable[..., None]) -> None:
+    class Refused(SqliteQueues):
+        def exists(self, queue: str) -> bool:
+            raise CredentialsError("who are you")
+
+    use(Refused)
+    ended = tool("check")
+    assert (ended.code, ended.lines.count("failure who are you")) == (4, 3)
 
 
 def test_check_goes_on_after_a_failure(queues: Queues, use: Callable[..., None]) -> None:

@@ -527,6 +527,15 @@ def test_a_new_queue_is_given_the_second_that_it_needs(proxy):
         assert time.monotonic() - started >= 1
 
 
+def test_it_tells_its_clock_its_credentials_and_what_it_was_asked(queues, queue):
+    queues.requests.clear()
+    assert queues.credentials == "those that boto3 finds (env)"
+    assert abs(queues.clock_ahead(queue) or 99) < 5
+    assert queues.claim(queue, ttl=60, grace=60, limit=1) is None
+    assert queues.requests["receive_message"] == 1
+    assert queues.requests.keys() <= {"receive_message", "get_queue_attributes"}
+
+
 def test_inspect_names_what_would_surprise(queues, queue, responses):
     arn = attributes(queues, responses, "QueueArn")["QueueArn"]
     policy = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 3})

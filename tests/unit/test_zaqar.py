@@ -1,6 +1,7 @@
 """OpenStack Zaqar through openstacksdk: a real server behind a proxy that fails as each test decides."""
 
 import logging
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -186,6 +187,17 @@ def fail(proxy: FaultProxy, times: int, part: str, answer: Callable[[Request], R
 
 def lose_answer(proxy: FaultProxy) -> Callable[[Request], Raw]:
     return lambda request: (proxy.forward(request), Raw(end="reset"))[1]
+
+
+# What an operator asks
+
+
+def test_it_tells_its_clock_its_credentials_and_what_it_was_asked(queues: ZaqarQueues, queue: str) -> None:
+    assert queues.credentials == "none: a Zaqar without Keystone"
+    assert abs(queues.clock_ahead(queue) or 99) < 5
+    assert queues.claim(queue, **TERMS, limit=1) is None
+    assert queues.exists(queue)
+    assert queues.requests == {"create": 1, "count": 1, "claim": 1, "look": 1}
 
 
 # Opening
@@ -704,6 +716,7 @@ def test_a_cloud_of_clouds_yaml_is_used_with_its_application_credential(keystone
         assert queues.exists(queue)
 
     assert queues.address == "zaqar://mine"
+    assert queues.credentials == f"those of mine in {os.environ['OS_CLIENT_CONFIG_FILE']}"
     assert len(keystone.tokens) == 1
 
 
