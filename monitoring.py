@@ -5,15 +5,13 @@ It reads what the consumer keeps anyway, when it is asked: messages cost no more
 
 import json
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import contextmanager
 from html import escape
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -21,15 +19,14 @@ from prometheus_client.registry import Collector
 
 from claim_queues import ConfigError, Queues, Stats
 from claim_queues.breaker import Failure
+from claim_queues.fresh import Fresh
 from delivery import Durations, Maker
 
 if TYPE_CHECKING:
     from widget_consumer import Consumer
 
-KEEP_S = 5.0
-"""How long an answer of the queue service or the maker is shown before it is asked again."""
 PATIENCE_S = 2.0
-"""How long a request here waits for such an answer; Prometheus itself waits for 10 s."""
+"""How long a request here waits for the queue service or the maker; Prometheus itself waits for 10 s."""
 LOCAL_HOSTS = ("127.0.0.1", "localhost")
 OUTCOMES = ("created", "rejected", "failed")
 JSON_TYPE, HTML_TYPE = "application/json", "text/html; charset=utf-8"
@@ -56,35 +53,8 @@ PAGE = """<!doctype html>
 </html>
 """
 
-T = TypeVar("T")
 Answer = tuple[HTTPStatus, str, str]
 """Status, content type, content."""
-
-
-class Fresh(Generic[T]):
-    """What `ask` gave lately. It is asked in a thread of its own: one that hangs holds up nobody for long."""
-
-    def __init__(self, ask: Callable[[], T]) -> None:
-        self._ask = ask
-        self._lock = threading.Lock()
-        self._asked_at = 0.0
-        self._answer: Future[T] | None = None
-
-    def get(self) -> T:
-        """Raises what `ask` raised, or TimeoutError where there is no answer yet."""
-        with self._lock:
-            now = time.monotonic()
-            if self._answer is None or (self._answer.done() and now - self._asked_at > KEEP_S):
-                self._answer, self._asked_at = Future(), now
-                threading.Thread(target=self._run, args=(self._answer,), name="look", daemon=True).start()
-            answer = self._answer
-        return answer.result(PATIENCE_S)
-
-    def _run(self, answer: Future[T]) -> None:
-        try:
-            answer.set_result(self._ask())
-        except Exception as error:
-            answer.set_exception(error)
 
 
 class Monitor(Collector):
@@ -165,7 +135,7 @@ class Monitor(Collector):
         found: dict[str, Stats | Exception] = {}
         for kind, depth in self._depths.items():
             try:
-                found[kind] = depth.get()
+                found[kind] = depth.get(PATIENCE_S)
             except Exception as error:  # whatever it is, the rest of the page is to be seen
                 found[kind] = error
         return found
@@ -191,7 +161,7 @@ class Monitor(Collector):
         if isinstance(look, Exception):
             found["queue"] = str(look) or "no answer"
         try:
-            if not self._health.get():
+            if not self._health.get(PATIENCE_S):
                 found["maker"] = f"{self._maker.url}: its /healthz does not answer as the widget maker's does"
         except TimeoutError:
             found["maker"] = f"{self._maker.url}: no answer"

@@ -9,11 +9,12 @@ once.
 
 import math
 import random
+import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,12 @@ from claim_queues.command_line import (
     run,
     run_until_signal,
 )
+from claim_queues.fresh import Fresh
 from claim_queues.keeper import End, Held, Keeper
 from claim_queues.preflight import Report, check_queues
 from claim_queues.signing import load_signer, signing_options
 from claim_queues.store import state_path
+from claim_queues.terminal import Rate, clock_time, is_terminal, live_line
 from delivery import Connection, Delivery, Durations, Maker, MakerMisconfigured
 from receive_counts import ReceiveCounts, Receives
 
@@ -70,6 +73,9 @@ STUCK_AFTER_S = 180.0
 """More than the timeouts of a claim with its wait and its second attempt, or of a look at all queues, add up to."""
 STOP_PATIENCE_S = 10.0
 """How long a queue service that fails may hold up the end; what is not given back then waits for its claim's end."""
+
+DEPTH_PATIENCE_S = 1.0
+"""How long the live line stands still for a queue service that does not tell how much is queued."""
 
 NOT_OUR_MAKER = "this is not our widget maker: check --maker-url"
 REFUSED_BY_MAKER = "the maker refuses us: its reason says what to mend"
@@ -671,7 +677,7 @@ def cli(ctx: click.Context, /, **given: Any) -> int:
             log.info("stopping: finishing what is in flight; a second signal ends at once")
             consumer.stop()
 
-        with _monitored(consumer, maker, given):
+        with _watched(consumer, maker, given):
             run_until_signal(consumer.run, stop=stop)
         counts.close()
     return 0
@@ -697,20 +703,45 @@ def _check(ctx: click.Context, given: dict[str, Any]) -> int:
 
 
 @contextmanager
-def _monitored(consumer: Consumer, maker: Maker, given: dict[str, Any]) -> Iterator[None]:
-    """Serve the consumer's numbers until the block ends, where that is asked for."""
-    if not given["metrics_port"]:
-        yield
-        return
-    from monitoring import Monitor, serve
+def _watched(consumer: Consumer, maker: Maker, given: dict[str, Any]) -> Iterator[None]:
+    """Show the consumer's numbers until the block ends: on a terminal, and where --metrics-port asks for it."""
+    with ExitStack() as stack:
+        if given["metrics_port"] or (is_terminal(sys.stderr) and given["log_format"] == "text"):
+            # Queues of its own: what it asks must not hold up claims.
+            queues = stack.enter_context(open_queues(given["queue_url"]))
+            stack.enter_context(live_line(StatusLine(consumer, queues, given["request_queue"]).text))
+        if given["metrics_port"]:
+            from monitoring import Monitor, serve
 
-    names = {kind: given[f"{kind}_queue"] for kind in ("request", "dead_letter")}
-    # Queues of its own: what it asks must not hold up claims.
-    with (
-        open_queues(given["queue_url"]) as queues,
-        serve(Monitor(consumer, maker, queues, names), given["metrics_port"]),
-    ):
+            names = {kind: given[f"{kind}_queue"] for kind in ("request", "dead_letter")}
+            stack.enter_context(serve(Monitor(consumer, maker, queues, names), given["metrics_port"]))
         yield
+
+
+class StatusLine:
+    """What a terminal shows of a consumer at work, in less than 80 columns."""
+
+    def __init__(self, consumer: Consumer, queues: Queues, queue: str) -> None:
+        self._consumer = consumer
+        self._depth = Fresh(lambda: queues.stats(queue).total)
+        self._rate = Rate()
+
+    def text(self) -> str:
+        """An open breaker, the rate, POSTs in flight, messages in the queue and the time that they need, outcomes."""
+        totals, trouble = dict(self._consumer.totals), self._consumer.maker_trouble
+        done = {outcome: totals.get(outcome, 0) for outcome in ("created", "rejected", "failed")}
+        rate = self._rate.per_second(sum(done.values()))
+        words = [f"maker {trouble.value}"] if trouble else []
+        words += [f"{rate:,.0f}/s", f"{self._consumer.status()['posting']} in flight", self._queued(rate)]
+        words += [f"{number:,} {outcome}" for outcome, number in done.items() if number]
+        return "  ".join(words)
+
+    def _queued(self, rate: float) -> str:
+        try:
+            depth = self._depth.get(DEPTH_PATIENCE_S)
+        except Exception:  # the log says what is wrong with the service
+            return "? queued"
+        return f"{depth:,} queued" + (f" {clock_time(depth / rate)}" if depth and rate >= 1 else "")
 
 
 def _settings(ctx: click.Context, queues: Queues, given: dict[str, Any]) -> Settings:

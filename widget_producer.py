@@ -33,6 +33,7 @@ from claim_queues.command_line import (
     require_queues,
     run,
 )
+from claim_queues.terminal import is_terminal
 
 MOST_BODY_BYTES = 65_536
 LOOK_EVERY_S = 2.0
@@ -191,7 +192,8 @@ def interrupt_held() -> Iterator[None]:
 
 def progress(total: int | None, unit: str) -> "tqdm[Any]":
     """A bar with rate and time left on stderr, where that is a terminal and there is more than one to come."""
-    return tqdm(total=total, unit=f" {unit}", file=sys.stderr, disable=None if total != 1 else True, leave=False)
+    hidden = total == 1 or not is_terminal(sys.stderr)
+    return tqdm(total=total, unit=f" {unit}", file=sys.stderr, disable=hidden, leave=False)
 
 
 def print_lines(lines: Sequence[str]) -> None:

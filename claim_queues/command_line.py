@@ -19,6 +19,7 @@ from click.core import ParameterSource
 
 from .base import Limits, Queues, Range
 from .errors import ConfigError, QueueNotFound, QueuesError
+from .terminal import RESET, TerminalHandler, colour, is_terminal
 
 __version__ = "0.1.0"
 
@@ -253,7 +254,7 @@ log = Log("claim_queues")
 
 def configure_logging(form: str, level: str) -> None:
     """Log to stderr as `text` (time, level, event, key=value) or `json` (one object a line)."""
-    handler = logging.StreamHandler()
+    handler = TerminalHandler() if form == "text" and is_terminal(sys.stderr) else logging.StreamHandler()
     handler.setFormatter(_JsonFormatter() if form == "json" else _TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for chatty in ("urllib3", "botocore", "pyrax"):  # they print headers, with tokens, at debug
@@ -265,7 +266,9 @@ class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
         fields = getattr(record, "fields", {})
-        words = [f"{moment}.{int(record.msecs):03d} {record.levelname.lower():7} {one_line(record.getMessage(), 500)}"]
+        start = colour(record.levelno, sys.stderr)
+        level = f"{start}{record.levelname.lower():7}{RESET if start else ''}"
+        words = [f"{moment}.{int(record.msecs):03d} {level} {one_line(record.getMessage(), 500)}"]
         words += [f"{key}={_quoted(value)}" for key, value in fields.items() if value is not None]
         if record.exc_info:
             words.append(one_line(self.formatException(record.exc_info), 4000))

@@ -19,7 +19,7 @@ from scripted_maker import Raw, Reply, ScriptedMaker
 from support import HERE, free_port, tool_or_skip, wait_until
 
 import monitoring
-from claim_queues import QueueUnavailable, Stats
+from claim_queues import QueueUnavailable, Stats, fresh
 from claim_queues.breaker import Failure
 from claim_queues.sqlite import SqliteQueues
 from delivery import Durations, Maker
@@ -86,7 +86,7 @@ def samples(text: str) -> dict[str, float]:
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     monkeypatch.setattr(monitoring, "PATIENCE_S", 0.3)
-    monkeypatch.setattr(monitoring, "KEEP_S", 0.0)
+    monkeypatch.setattr(fresh, "KEEP_S", 0.0)
     port = free_port()
     with ScriptedMaker() as maker, Service(tmp_path / "q.sqlite3") as service:
         made = Bench(service, maker, port)
@@ -186,7 +186,7 @@ def test_a_service_that_hangs_is_asked_once_and_not_waited_for(bench: Bench) -> 
 
 
 def test_the_service_is_not_asked_for_each_scrape(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitoring, "KEEP_S", 60.0)
+    monkeypatch.setattr(fresh, "KEEP_S", 60.0)
     assert bench.metrics().keys() == bench.metrics().keys()
     assert sorted(bench.service.asked) == ["dead-letters", "requests"]
 
