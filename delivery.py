@@ -95,6 +95,7 @@ class Delivery:
     well_before: then its /healthz answered before the POST.
     on_trial: this receive counts against it only once its POST starts. single: it is not to join a batch again.
     batch_refusal: why the maker, or whoever answered, would have nothing to do with the batch that it was in.
+    post_s: seconds that its latest POST took, None before.
     """
 
     held: Held
@@ -106,6 +107,7 @@ class Delivery:
     single: bool = False
     batch_refusal: str = ""
     answer: Answer = NO_ANSWER
+    post_s: float | None = None
 
     @property
     def id(self) -> str:
@@ -143,6 +145,7 @@ class Delivery:
             "widget": self.widget_id,
             "receives": self.receives.count,
             "status": self.answer.status,
+            "ms": None if self.post_s is None else round(self.post_s * 1000, 1),
         }
 
     def headers(self, queue: str) -> dict[str, str]:

@@ -439,15 +439,14 @@ class Consumer:
     # Act on the answer
 
     def _conclude(self, delivery: Delivery, *, guilty: bool, seconds: float) -> None:
-        answer = delivery.answer
+        answer, delivery.post_s = delivery.answer, seconds
         with self._lock:
             self._posting -= 1
             was_open = self._breaker.is_open
             if answer.outcome is None:
                 self._act_on(self._breaker.failed(delivery, probe=delivery.probe, guilty=guilty))
             else:
-                took = round(seconds * 1000, 1)
-                log.info(answer.outcome, **delivery.fields(), reason=answer.reason or None, ms=took)
+                log.info(answer.outcome, **delivery.fields(), outcome=answer.outcome, reason=answer.reason or None)
                 self._settle(delivery, answer.outcome, answer.reason, fenced=False)
                 self._act_on(self._breaker.passed(probe=delivery.probe))
                 self._stop_batches(delivery.batch_refusal)
@@ -533,7 +532,7 @@ class Consumer:
 
     def _bury(self, delivery: Delivery, reason: str) -> None:
         """Make the message a dead letter."""
-        log.error("dead letter", **delivery.fields(), reason=reason)
+        log.error("dead letter", **delivery.fields(), outcome="failed", reason=reason)
         letter = delivery.dead_letter(self._settings.request_queue, reason)
         self._settle(delivery, "failed", reason, Post(self._settings.dead_letter_queue, letter), fenced=True)
 

@@ -269,7 +269,8 @@ class _TextFormatter(logging.Formatter):
         start = colour(record.levelno, sys.stderr)
         level = f"{start}{record.levelname.lower():7}{RESET if start else ''}"
         words = [f"{moment}.{int(record.msecs):03d} {level} {one_line(record.getMessage(), 500)}"]
-        words += [f"{key}={_quoted(value)}" for key, value in fields.items() if value is not None]
+        told = (None, record.msg)
+        words += [f"{key}={_quoted(value)}" for key, value in fields.items() if value not in told]
         if record.exc_info:
             words.append(one_line(self.formatException(record.exc_info), 4000))
         return " ".join(words)

@@ -294,7 +294,14 @@ def test_the_log_as_json_is_one_object_a_line(bench: Bench) -> None:
 
     ended = run_script("widget_consumer.py", *bench.options, "--drain", "--log-format", "json", cwd=bench.directory)
 
-    events = [json.loads(line)["event"] for line in ended.stderr.splitlines()]
+    lines = [json.loads(line) for line in ended.stderr.splitlines()]
+    events = [line["event"] for line in lines]
+    for line in lines[1:]:
+        assert line["outcome"] == {"dead letter": "failed"}.get(line["event"], line["event"])
+        assert (line["receives"], bool(line["message"])) == (1, True)
+        if line["event"] != "dead letter":
+            assert line["status"] == (201 if line["event"] == "created" else 422)
+            assert (bool(line["widget"]), line["ms"] > 0) == (True, True)
     assert (ended.returncode, ended.stdout) == (0, "")
     assert sorted(set(events)) == ["consuming", "created", "dead letter", "rejected"]
     assert events.count("created") == 10
@@ -308,4 +315,6 @@ def test_the_log_as_text_is_one_line_an_event(bench: Bench) -> None:
     ended = run_script("widget_consumer.py", *bench.options, "--drain", cwd=bench.directory)
 
     assert ended.stderr.count("\n") == 2
+    assert " rejected message=" in ended.stderr
+    assert "outcome=" not in ended.stderr
     assert "\x1b" not in ended.stderr
