@@ -1114,7 +1114,7 @@ def test_a_request_is_an_object_with_a_widget_id_of_text(body: Any, widget_id: s
 
 def test_a_log_line_tells_message_widget_receives_and_status() -> None:
     fields = delivery(answer=Answer(None, FAILED, 500)).fields()
-    assert fields == {"message": "m1", "widget": WIDGET_ID, "receives": 3, "status": 500}
+    assert fields == {"message": "m1", "widget": WIDGET_ID, "receives": 3, "status": 500, "ms": None}
 
 
 def test_a_recorded_request_knows_its_connection(maker: ScriptedMaker, connection: Connection) -> None:
