@@ -157,7 +157,7 @@ def test_a_dumb_terminal_and_a_log_as_json_get_plain_lines(
 
 @pytest.mark.parametrize(("env", "bar"), [(XTERM, True), ({"TERM": "dumb"}, False)], ids=["xterm", "dumb"])
 def test_the_producer_shows_its_progress_where_a_terminal_can(tmp_path: Path, env: dict[str, str], bar: bool) -> None:
-    with terminal("widget_producer.py", "--count", 5000, cwd=tmp_path, env=env) as running:
+    with terminal("widget_producer.py", "--count", 20_000, cwd=tmp_path, env=env) as running:
         assert running.process.wait(60) == 0
-    assert bool(re.search(r"5000/5000 \[[\d:]+<[\d:]+, .*requests/s\]", running.shown)) == bar
+    assert bool(re.search(r"\d+/20000 \[[\d:]+<[\d:?]+, .*requests/s\]", running.shown)) == bar
     assert bar or not running.shown
