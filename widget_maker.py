@@ -6,6 +6,7 @@ after the commit has reached the disk: to repeat a request, for whatever reason,
 """
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -14,19 +15,23 @@ import signal
 import socket
 import threading
 import time
+import uuid
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from functools import partial
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache, partial
+from hashlib import blake2b
 from http import HTTPStatus
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import apsw
 import click
-from flask import Flask, Response, render_template, request
+from flask import Flask, Response, redirect, render_template, request, url_for
 from granian import Granian
 from granian.constants import HTTPModes, Interfaces
 from granian.http import HTTP1Settings
@@ -54,6 +59,8 @@ SCHEMA = "CREATE TABLE widget (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQ
 INSERT = "INSERT INTO widget (id, created_at) VALUES (?, ?) ON CONFLICT DO NOTHING RETURNING id, created_at"
 SELECT = "SELECT id, created_at FROM widget WHERE id = ?"
 SELECT_PAGE = "SELECT id, created_at, number FROM widget WHERE number < ? ORDER BY number DESC LIMIT ?"
+SELECT_FOUND = "SELECT id, created_at FROM widget WHERE id > ? AND id < ? ORDER BY id LIMIT ?"
+SELECT_TIME = "SELECT created_at FROM widget WHERE number >= ? ORDER BY number LIMIT 1"
 NEWEST = 2**63 - 1
 
 MOST_BODY_BYTES = 65_536
@@ -65,6 +72,9 @@ MOST_READERS = 256
 """Bodies that are read at once: each takes one of the server's 512 threads, and nothing ends one that stalls."""
 MOST_HOSTS_LOGGED = 100
 MOST_PER_PAGE = 100
+FOUND_PER_PAGE = 20
+BUCKET_S, BUCKETS = 5, 60
+RATE_S = 10
 RETRY_AFTER_S = 1
 LONGEST_STOP_S = 1
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
@@ -72,8 +82,8 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]*)?")
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-([0-9a-f])[0-9a-f]{3}-([0-9a-f])[0-9a-f]{3}-[0-9a-f]{12}", re.I)
 SECURITY_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; frame-ancestors 'none'; "
-    "base-uri 'none'; form-action 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
@@ -161,6 +171,25 @@ class Widgets:
             rows = connection.execute(SELECT_PAGE, (after, limit + 1)).fetchall()
         return [_widget(row) for row in rows[:limit]], str(rows[limit - 1][2]) if len(rows) > limit else None
 
+    def search(self, prefix: str, after: str, limit: int) -> tuple[list[dict[str, Any]], str | None]:
+        """Up to `limit` widgets whose ids begin with `prefix`, behind the id `after`, and the next such id.
+
+        The prefix is no whole id: that one `find` finds.
+        """
+        with self._using(*self._reader) as connection:
+            found = connection.execute(SELECT_FOUND, (max(prefix, after), prefix + "g", limit + 1)).fetchall()
+        return [_widget(row) for row in found[:limit]], str(found[limit - 1][0]) if len(found) > limit else None
+
+    def made_before(self, moment: datetime) -> int:
+        """How many widgets were made before a moment that is over.
+
+        Times rise with the numbers (until a clock is set back), so it is found by bisection: an index of times would
+        cost every POST.
+        """
+        with self._using(*self._reader) as connection:
+            numbers = range(1, 1 + connection.execute("SELECT coalesce(max(number), 0) FROM widget").get)
+            return bisect_left(numbers, _iso(moment), key=lambda n: connection.execute(SELECT_TIME, (n,)).get)
+
     def count(self) -> int:
         """How many there are."""
         with self._using(*self._reader) as connection:
@@ -188,10 +217,13 @@ class Widgets:
 
 
 def _make(connection: apsw.Connection, widget_id: str) -> tuple[dict[str, Any], bool]:
-    created_at = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    new = connection.execute(INSERT, (widget_id, created_at)).fetchall()
+    new = connection.execute(INSERT, (widget_id, _iso(datetime.now(UTC)))).fetchall()
     found = new or connection.execute(SELECT, (widget_id,)).fetchall()
     return _widget(found[0]), bool(new)
+
+
+def _iso(moment: datetime) -> str:
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _widget(row: Sequence[Any]) -> dict[str, Any]:
@@ -329,6 +361,7 @@ def create_app(
     _answer_errors(app, numbers)
     _add_post(app, Making(widgets, faults, numbers), Bodies(signer), widgets, numbers)
     _add_views(app, widgets, numbers)
+    _add_pages(app, widgets, faults, numbers)
     return app
 
 
@@ -365,8 +398,12 @@ def _answer_errors(app: Flask, numbers: Numbers) -> None:
     def answer(error: HTTPException) -> Any:
         response = error.get_response()
         code = error.error_code if isinstance(error, Refused) else error.name.lower().replace(" ", "_")
-        response.data = json.dumps(error_body(code, error.description))
-        response.content_type = "application/json"
+        if wants_page():
+            response.data = render_template("error.html", name=error.name, message=error.description)
+        else:
+            response.data = json.dumps(error_body(code, error.description))
+            response.content_type = "application/json"
+        response.vary.add("Accept")
         if error.code == HTTPStatus.UNAUTHORIZED:
             response.headers["WWW-Authenticate"] = "StandardWebhooks"
         if response.status.startswith("4"):
@@ -422,7 +459,11 @@ def _add_views(app: Flask, widgets: Widgets, numbers: Numbers) -> None:
         widget = widgets.find(widget_id.lower())
         if widget is None:
             raise Refused(404, "not_found", f"there is no widget {one_line(widget_id, 80)!r}")
-        return widget
+        response = app.make_response(
+            render_template("widget.html", widget=widget, origin=read_id(widget["id"])) if wants_page() else widget
+        )
+        response.vary.add("Accept")
+        return response
 
     @app.get("/metrics")
     def metrics() -> Any:
@@ -432,22 +473,105 @@ def _add_views(app: Flask, widgets: Widgets, numbers: Numbers) -> None:
     def description() -> Any:
         return app.send_static_file("openapi.json")
 
+
+def _add_pages(app: Flask, widgets: Widgets, faults: Faults, numbers: Numbers) -> None:
+    app.jinja_env.globals["chooser"] = chooser
+    made_before = lru_cache(maxsize=2 * BUCKETS)(widgets.made_before)  # most moments are asked for each second
+
     @app.get("/")
     def page() -> Any:
         after, limit = parse_page(request.args)
         found, following = widgets.page(after, limit)
-        totals = {
-            "Widgets": widgets.count(),
-            "Repeated requests": _total(numbers.posts, outcome="repeated"),
-            "Rejected requests": _total(numbers.rejections),
-        }
-        place = {"is_first": after == NEWEST, "following": following, "limit": limit}
-        return render_template("widgets.html", widgets=found, totals=totals, **place)
+        count = widgets.count()
+        shown = {"widgets": found, "count": count, "limit": limit, "pages": _pages(after, limit, count, following)}
+        if after <= count:
+            return render_template("widgets.html", last=after - 1, **shown)
+        totals = [
+            ("Widgets", count, []),
+            ("Repeated requests", *_total(numbers.posts, "outcome", "repeated")),
+            ("Rejected requests", *_total(numbers.rejections, "code")),
+            ("Faults played", *_total(numbers.faults, "fault")),
+        ]
+        return render_template(
+            "widgets.html", is_first=True, totals=totals, faults=faults, **measure_rates(made_before), **shown
+        )
+
+    @app.get("/search")
+    def search() -> Any:
+        prefix, after = request.args.get("id", "").strip().lower(), request.args.get("after", "")
+        if widgets.find(prefix):
+            return redirect(url_for("one", widget_id=prefix))
+        found, following = widgets.search(prefix, after, FOUND_PER_PAGE)
+        return render_template("search.html", searched=one_line(prefix, 80), widgets=found, following=following)
 
 
-def _total(counter: Counter, **labels: str) -> int:
+def wants_page() -> bool:
+    """Whether the client would rather have a page than JSON, as browsers say; who takes both alike gets JSON."""
+    return request.accept_mimetypes.best_match(["application/json", "text/html"]) == "text/html"
+
+
+def measure_rates(made_before: Callable[[datetime], int]) -> dict[str, Any]:
+    """Widgets per second: rate, over the last RATE_S; rates, for each of the last BUCKETS of BUCKET_S, oldest first."""
+    now = datetime.now(UTC)
+    end = now.timestamp() // BUCKET_S * BUCKET_S
+    ends = [datetime.fromtimestamp(end - BUCKET_S * ago, UTC) for ago in reversed(range(BUCKETS + 1))]
+    rates = [(after - before) / BUCKET_S for before, after in pairwise(map(made_before, ends))]
+    return {
+        "rate": (made_before(now) - made_before(now - timedelta(seconds=RATE_S))) / RATE_S,
+        "rate_s": RATE_S,
+        "rates": rates,
+        "top": round_up(max(rates)),
+        "minutes": BUCKETS * BUCKET_S // 60,
+    }
+
+
+def round_up(number: float) -> float:
+    """The next number that is 1, 2 or 5 times a power of ten; 1 for 0."""
+    power: float = 10.0 ** math.floor(math.log10(number or 1))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= number)
+
+
+def read_id(widget_id: str) -> dict[str, Any]:
+    """What a UUID of version 1 says of its origin: made_at (ISO 8601, UTC), node, is_random (node), clock_sequence."""
+    found = uuid.UUID(widget_id)
+    made_at = datetime(1582, 10, 15, tzinfo=UTC) + timedelta(microseconds=found.time // 10)
+    return {
+        "made_at": made_at.isoformat(timespec="microseconds").replace("+00:00", "Z"),
+        "node": found.node.to_bytes(6).hex(":"),
+        "is_random": bool(found.node >> 40 & 1),
+        "clock_sequence": found.clock_seq,
+    }
+
+
+def chooser(widget_id: str) -> Callable[[Sequence[Any]], Any]:
+    """A function that chooses from its options, each time anew, and for the same widget always the same."""
+    bits = int.from_bytes(blake2b(widget_id.encode(), digest_size=16).digest())
+
+    def choose(options: Sequence[Any]) -> Any:
+        nonlocal bits
+        bits, which = divmod(bits, len(options))
+        return options[which]
+
+    return choose
+
+
+def _pages(after: int, limit: int, count: int, following: str | None) -> list[tuple[str, int | str | None]]:
+    """The pages that one can go to from the one behind `after`: name and marker (None: the first)."""
+    found: list[tuple[str, int | str | None]] = []
+    if after <= count:
+        found += [("Newest", None), ("Newer", after + limit if after + limit <= count else None)]
+    if following:
+        found += [("Older", following), ("Oldest", limit + 1)]
+    return found
+
+
+def _total(counter: Counter, label: str, value: str | None = None) -> tuple[int, list[tuple[str, int]]]:
+    """The sum of a counter and its parts by that label."""
     samples = [sample for metric in counter.collect() for sample in metric.samples]
-    return int(sum(sample.value for sample in samples if labels.items() <= sample.labels.items()))
+    parts = {sample.labels[label]: int(sample.value) for sample in samples}
+    if value:
+        return parts.get(value, 0), []
+    return sum(parts.values()), [(name.replace("_", " "), often) for name, often in sorted(parts.items())]
 
 
 def check_media_type() -> None:

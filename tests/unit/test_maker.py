@@ -1,18 +1,23 @@
 """The maker's answers, request by request, and what it keeps."""
 
+import html
 import json
 import re
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import apsw
 import pytest
 from flask.testing import FlaskClient
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from signing_double import KEY, OLD_KEY, OLD_SECRET, SECRET, signed
 from support import wait_until
@@ -25,13 +30,17 @@ from widget_maker import (
     LOCAL_HOSTS,
     MOST_HOSTS_LOGGED,
     NO_FAULTS,
+    SELECT_FOUND,
     SELECT_PAGE,
     Faults,
     Refused,
     Widgets,
     create_app,
+    measure_rates,
     parse_json,
     parse_request,
+    read_id,
+    round_up,
 )
 
 ID = "31f37378-54f4-11e5-ad75-3c970e65f731"
@@ -519,34 +528,229 @@ def test_a_page_reads_no_more_rows_than_it_shows(client: FlaskClient, other_proc
 # The page for people
 
 
-def test_the_page_shows_the_newest_widgets_and_the_totals(client: FlaskClient) -> None:
+BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"}
+
+
+def browse(client: FlaskClient, path: str, **query: Any) -> str:
+    response = client.get(path, query_string=query or None, headers=BROWSER)
+    assert (response.status_code, response.mimetype) == (200, "text/html")
+    return response.text
+
+
+def shown_ids(page: str) -> list[str]:
+    return re.findall(r'<li id="w-([^"]+)"', page)
+
+
+def ways(page: str) -> dict[str, str]:
+    """Where the links between pages lead, by their names."""
+    links = re.findall(r'<a href="([^"]+)">(\w+)</a>', page[page.index("<nav") :])
+    return {name: html.unescape(link) for link, name in links}
+
+
+def test_the_page_shows_the_newest_widgets_and_the_totals(start: Callable[..., FlaskClient]) -> None:
+    client = start(Faults(fail_rate=1, ids=frozenset([OTHER_ID])))
     for number in range(25):
         post(client, number_n(number))
     post(client, number_n(0))
     post(client, "no id")
-    text = client.get("/").text
-    assert text.count("<tr>") == 1 + 20
-    assert number_n(24) in text
-    assert re.findall(r"<dt>(.+?)</dt><dd>(.+?)</dd>", text) == [
-        ("Widgets", "25"), ("Repeated requests", "1"), ("Rejected requests", "1")
+    post_body(client, "{")
+    post(client, OTHER_ID)
+    text = browse(client, "/")
+    assert shown_ids(text) == [number_n(number) for number in range(24, 4, -1)]
+    assert re.findall(r'<dt>(.+?)</dt><dd class="number">(.+?)</dd>', text) == [
+        ("Widgets", "25"), ("Repeated requests", "1"), ("Rejected requests", "2"), ("Faults played", "1")
     ]  # fmt: skip
+    assert re.findall(r'<dd class="note">(.+?)</dd>', text) == ["1 bad json", "1 bad widget id", "1 failure"]
 
 
-def test_the_page_leads_to_older_widgets_and_back(client: FlaskClient) -> None:
-    for number in range(25):
-        post(client, number_n(number))
-    (older,) = re.findall(r'href="([^"]+)">Older', client.get("/").text)
-    text = client.get(older.replace("&amp;", "&")).text
-    assert number_n(4) in text
-    assert number_n(5) not in text
-    assert "Older</a>" not in text
-    assert re.findall(r'href="([^"]+)">Newest', text) == ["/?limit=20"]
+def test_pages_lead_from_the_newest_to_the_oldest_widget_and_back(client: FlaskClient) -> None:
+    made = [number_n(number) for number in range(45)]
+    for widget_id in made:
+        post(client, widget_id)
+    text, seen = browse(client, "/"), []
+    assert ways(text).keys() == {"Older", "Oldest"}
+    while True:
+        seen += shown_ids(text)
+        if "Older" not in ways(text):
+            break
+        assert shown_ids(browse(client, ways(text)["Oldest"])) == made[19::-1]
+        text = browse(client, ways(text)["Older"])
+    assert seen == made[::-1]
+    assert "5 to 1 of 45" in text
+    assert shown_ids(browse(client, ways(text)["Newer"])) == made[24:4:-1]
+    assert ways(browse(client, ways(text)["Newest"])).keys() == {"Older", "Oldest"}
 
 
 def test_only_the_first_page_refreshes_itself(client: FlaskClient) -> None:
+    for number in range(25):
+        post(client, number_n(number))
     refresh = '<meta http-equiv="refresh"'
-    assert refresh in client.get("/").text
-    assert refresh not in client.get("/?after=5").text
+    assert refresh in browse(client, "/")
+    assert "live.js" in browse(client, "/")
+    assert refresh not in browse(client, "/?after=5")
+    assert "live.js" not in browse(client, "/?after=5")
+
+
+@pytest.mark.parametrize(
+    ("faults", "says"),
+    [
+        (Faults(), None),
+        (Faults(fail_rate=0.25), "25% of POSTs fail."),
+        (Faults(latency_s=2), "answers come 2 s late."),
+        (Faults(fail_rate=0.001, latency_s=0.5), "0.1% of POSTs fail and answers come 0.5 s late."),
+        (Faults(fail_rate=1, ids=frozenset([ID])), "100% of POSTs fail, for 1 widget id only."),
+        (Faults(fail_rate=1, outage=(0.0, 1e9)), "every POST is answered 503."),
+        (Faults(outage=(1e9, 1.0)), None),
+    ],
+)
+def test_the_page_says_what_faults_are_played(
+    start: Callable[..., FlaskClient], faults: Faults, says: str | None
+) -> None:
+    notices = re.findall(r'<p class="notice"><strong>.+?</strong>(.+?)</p>', browse(start(faults), "/"), re.S)
+    assert [" ".join(notice.split()) for notice in notices] == ([says] if says else [])
+
+
+def test_the_page_of_a_widget_says_what_its_id_holds(client: FlaskClient) -> None:
+    made = post(client).json
+    text = browse(client, f"/widgets/{ID.upper()}")
+    assert re.findall(r'<time datetime="(.+?)"', text) == [made["created_at"], "2015-09-07T00:05:49.145996Z"]
+    assert "<code>3c:97:0e:65:f7:31</code>" in text
+    assert "random" not in text
+    assert re.findall("Clock sequence</dt><dd>(.+?)</dd>", text) == ["11,637"]
+
+
+def test_a_random_node_is_called_so() -> None:
+    assert read_id("31f37378-54f4-11e5-ad75-3d970e65f731")["is_random"]
+    assert not read_id(ID)["is_random"]
+
+
+@given(st.integers(0, 2**60 - 1), st.integers(0, 2**14 - 1), st.integers(0, 2**48 - 1))
+def test_every_widget_id_can_be_read(time: int, clock_sequence: int, node: int) -> None:
+    fields = (time & 0xFFFFFFFF, time >> 32 & 0xFFFF, time >> 48, clock_sequence >> 8, clock_sequence & 0xFF, node)
+    found = read_id(str(uuid.UUID(fields=fields, version=1)))
+    assert (found["clock_sequence"], found["node"].replace(":", "")) == (clock_sequence, f"{node:012x}")
+    assert datetime.fromisoformat(found["made_at"]) >= datetime(1582, 10, 15, tzinfo=UTC)
+
+
+def test_a_widgets_picture_is_always_the_same_and_others_differ(client: FlaskClient) -> None:
+    for number in range(20):
+        post(client, number_n(number))
+    picture = re.compile(r'<svg class="picture".+?</svg>', re.S)
+    listed = picture.findall(browse(client, "/"))
+    assert len(set(listed)) == 20
+    assert picture.findall(browse(client, f"/widgets/{number_n(19)}")) == listed[:1]
+
+
+@pytest.mark.parametrize("widget_id", [OTHER_ID, "nothing", "a b", "<b>", "%00"])
+def test_an_unknown_widget_is_a_page_for_browsers_and_json_for_others(client: FlaskClient, widget_id: str) -> None:
+    response = client.get(f"/widgets/{widget_id}", headers=BROWSER)
+    assert (response.status_code, response.mimetype, response.vary.as_set()) == (404, "text/html", {"accept"})
+    assert "there is no widget" in response.text
+    assert "<b>" not in response.text
+    for accept in ("*/*", "application/json", ""):
+        assert error_code(client.get(f"/widgets/{widget_id}", headers={"Accept": accept})) == "not_found"
+
+
+@pytest.mark.parametrize("searched", ["0000001", " 0000001 ", "0000001".upper(), "00000010-54F4-11e5"])
+def test_a_search_finds_the_widgets_whose_ids_begin_so(client: FlaskClient, searched: str) -> None:
+    for number in range(0x20):
+        post(client, number_n(number))
+    expected = [number_n(number) for number in range(0x10, 0x20)]
+    assert shown_ids(browse(client, "/search", id=searched)) == (expected[:1] if "-" in searched else expected)
+
+
+def test_a_search_for_a_whole_id_leads_to_the_widget(client: FlaskClient) -> None:
+    post(client)
+    response = client.get("/search", query_string={"id": ID.upper()})
+    assert (response.status_code, response.location) == (302, f"/widgets/{ID}")
+
+
+def test_what_a_search_found_has_pages_too(client: FlaskClient) -> None:
+    made = [number_n(number) for number in range(45)]
+    for widget_id in made[::-1]:
+        post(client, widget_id)
+    text = browse(client, "/search", id="0000")
+    seen = shown_ids(text)
+    while more := ways(text).get("More"):
+        text = browse(client, more)
+        seen += shown_ids(text)
+    assert seen == made
+
+
+@pytest.mark.parametrize("searched", ["g", "zz", "<script>alert(1)</script>", "%", "_", "\0", OTHER_ID, "x" * 5000])
+def test_a_search_that_finds_nothing_says_so(client: FlaskClient, searched: str) -> None:
+    post(client)
+    text = browse(client, "/search", id=searched)
+    assert shown_ids(text) == []
+    assert "id begins with <code>" in text
+    assert "<script>" not in text
+    assert len(text) < 5000
+
+
+def insert(database: apsw.Connection, *times: datetime) -> None:
+    database.executemany(
+        "INSERT INTO widget (id, created_at) VALUES (?, ?)",
+        ((str(uuid.uuid4()), f"{time:%Y-%m-%dT%H:%M:%S}.{time.microsecond // 1000:03}Z") for time in times),
+    )
+
+
+def test_rates_are_counted_from_the_times_of_the_widgets(database: Path, other_process: apsw.Connection) -> None:
+    with closing(Widgets(database)) as widgets:
+        assert measure_rates(widgets.made_before)["rates"] == [0] * 60
+        now = datetime.now(UTC).replace(microsecond=0)
+        age_s = [400, 310, 200, 200, 100, *range(9, 1, -1)]
+        insert(other_process, *(now - timedelta(seconds=age) for age in age_s))
+        found = measure_rates(widgets.made_before)
+    assert found["rate"] == 0.8
+    assert found["top"] == 1
+    assert 7 <= round(5 * sum(found["rates"])) <= 11  # the last whole five seconds ended up to five seconds ago
+    assert max(found["rates"][:50]) == 0.4
+
+
+@settings(max_examples=20)
+@given(st.lists(st.integers(0, 50)), st.lists(st.integers(0, 60)))
+def test_widgets_before_a_moment_are_those_with_an_earlier_time(times: list[int], moments: list[int]) -> None:
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    with TemporaryDirectory() as folder, closing(Widgets(Path(folder) / "w")) as widgets:
+        insert(widgets._writer[0], *(start + timedelta(seconds=time) for time in sorted(times)))
+        found = [widgets.made_before(start + timedelta(seconds=moment)) for moment in moments]
+    assert found == [sum(time < moment for time in times) for moment in moments]
+
+
+@pytest.mark.parametrize(
+    ("number", "top"), [(0, 1), (0.2, 0.2), (0.21, 0.5), (1, 1), (1.1, 2), (4, 5), (5.2, 10), (1001, 2000)]
+)
+def test_a_plot_ends_at_a_round_number(number: float, top: float) -> None:
+    assert round_up(number) == pytest.approx(top)
+
+
+def test_pages_are_fast_with_100_000_widgets_and_the_last_as_fast_as_the_first(
+    start: Callable[..., FlaskClient], other_process: apsw.Connection
+) -> None:
+    client = start()
+    now = datetime.now(UTC)
+    with other_process:
+        insert(other_process, *(now - timedelta(seconds=400 - number / 250) for number in range(100_000)))
+
+    def took(path: str) -> list[float]:
+        """Seconds that 20 answers took, from the fastest on."""
+        seconds = []
+        for _ in range(20):
+            began = time.perf_counter()
+            browse(client, path)
+            seconds.append(time.perf_counter() - began)
+        return sorted(seconds)
+
+    browse(client, "/")
+    first, last, found = took("/"), took(ways(browse(client, "/"))["Oldest"]), took("/search?id=ff&after=ff8")
+    assert max(first[18], last[18], found[18]) < 0.1
+    assert max(last[0], found[0]) < 2 * first[0]
+
+
+def test_a_search_reads_no_more_rows_than_it_shows(client: FlaskClient, other_process: apsw.Connection) -> None:
+    plan = str(other_process.execute(f"EXPLAIN QUERY PLAN {SELECT_FOUND}", ("0", "0g", 20)).fetchall())
+    assert "SEARCH widget USING INDEX" in plan
+    assert "TEMP B-TREE" not in plan
 
 
 def test_an_empty_page_says_so(client: FlaskClient) -> None:
@@ -677,11 +881,13 @@ def test_every_answer_carries_the_security_headers(client: FlaskClient, method: 
     policy = response.headers["Content-Security-Policy"].split("; ")
     assert policy == [
         "default-src 'none'",
+        "script-src 'self'",
         "style-src 'self'",
         "img-src 'self'",
+        "connect-src 'self'",
         "frame-ancestors 'none'",
         "base-uri 'none'",
-        "form-action 'none'",
+        "form-action 'self'",
     ]
     assert not [name for name in response.headers.keys() if name.lower().startswith("access-control-")]  # noqa: SIM118
     if status >= 400:
