@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check --no-deps
 TESTS := $(BIN)/python -m pytest
 
-.PHONY: help setup demo run test test-quick check mutants bench zaqar sqs servers readme lock clean
+.PHONY: help setup demo run test test-quick browser check mutants bench zaqar sqs servers readme lock clean
 
 help:  ## print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile
@@ -17,7 +17,7 @@ demo: .venv/installed  ## start maker and consumer, submit 23 requests, show wha
 run: .venv/installed  ## keep maker, consumer and producer running in this terminal until Ctrl-C
 	@PATH="$(CURDIR)/$(BIN):$$PATH" honcho --procfile demo/Procfile --app-root . start || test $$? -eq 130
 
-test: .venv/tests-installed servers check  ## run all checks and tests
+test: .venv/tests-installed servers browser check  ## run all checks and tests
 	@$(TESTS) -n 2 --dist loadgroup --cov --cov-report=
 	@$(BIN)/coverage report --fail-under=95
 
@@ -29,6 +29,10 @@ check: .venv/tests-installed  ## run the linters and the type checker
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+browser:  ## install Chromium for the tests of the page, where one may
+	@command -v chromium >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
+		{ apt-get -q update && apt-get -qy install --no-install-recommends chromium; }
 
 mutants: .venv/tests-installed  ## plant each bug of tests/mutants.toml and see that a test catches it
 	@$(BIN)/python tests/mutants.py

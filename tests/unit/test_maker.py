@@ -707,7 +707,7 @@ def test_rates_are_counted_from_the_times_of_the_widgets(database: Path, other_p
     assert max(found["rates"][:50]) == 0.4
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 50)), st.lists(st.integers(0, 60)))
 def test_widgets_before_a_moment_are_those_with_an_earlier_time(times: list[int], moments: list[int]) -> None:
     start = datetime(2026, 1, 1, tzinfo=UTC)

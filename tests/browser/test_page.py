@@ -1,0 +1,221 @@
+"""The maker's page in a real Chromium, while producer, consumer and maker run and faults are played."""
+
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import requests
+from conftest import Watched
+from playwright.sync_api import Page, expect
+from support import HERE, run_script, script, wait_until, widget_maker, widgets
+
+pytestmark = pytest.mark.xdist_group("browser")
+
+SCREENSHOTS = HERE / "tests" / "browser" / "screenshots"
+SHOWN_WITHIN_MS = 2000
+UNKNOWN_ID = "00000000-0000-1000-8000-000000000000"
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "'\"><img src=x onerror=alert(1)>",
+    "<svg/onload=alert(1)>",
+    "javascript:alert(1)",
+    "{{ 7 * 7 }}",
+    "</title><iframe src=//evil.example>",
+]
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Producer, consumer and a maker that plays faults: the maker's URL, once it has made 60 widgets."""
+    cwd = tmp_path_factory.mktemp("running")
+    env = {"WIDGET_QUEUE_URL": f"sqlite:///{cwd / 'queues'}", "WIDGET_RECEIVE_COUNTS": str(cwd / "counts")}
+    with widget_maker(cwd, "--fail-rate", 0.1, "--latency", 0.01) as (url, _):
+        env["WIDGET_MAKER_URL"] = f"{url}/widgets"
+        with script("widget_consumer.py", "--max-receives", 20, cwd=cwd, env=env):
+            assert run_script("widget_producer.py", "--count", 60, cwd=cwd, env=env).returncode == 0
+            assert run_script("widget_producer.py", "--widget-id", "no id", cwd=cwd, env=env).returncode == 0
+            wait_until(lambda: len(widgets(url)) == 60)
+            yield url
+
+
+def make(url: str, widget_id: str | None = None) -> str:
+    """Make a widget, however often the maker plays a failure: its id."""
+    widget_id = widget_id or str(uuid.uuid1())
+    wait_until(lambda: requests.post(f"{url}/widgets", json={"widget_id": widget_id}, timeout=5).ok)
+    return widget_id
+
+
+def newest(page: Page) -> str:
+    return page.locator("#list code").first.inner_text()
+
+
+def assert_flawless(watched: Watched, url: str) -> None:
+    assert watched.problems == []
+    assert watched.inaccessible() == []
+    assert [asked for asked in watched.requests if not asked.startswith(f"{url}/")] == []
+    assert watched.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [375, 1280])
+def test_every_page_is_flawless_at_each_width_and_colour_scheme(
+    running: str, open_page: Callable[..., Watched], scheme: str, width: int
+) -> None:
+    SCREENSHOTS.mkdir(exist_ok=True)
+    made = make(running)
+    paths = {
+        "first": "/",
+        "older": "/?after=41",
+        "widget": f"/widgets/{made}",
+        "found": f"/search?id={made[0]}",
+        "nothing-found": "/search?id=no+id",
+    }
+    watched = open_page(f"{running}/", color_scheme=scheme, viewport={"width": width, "height": 900})
+    for name, path in paths.items():
+        watched.page.goto(running + path)
+        watched.page.screenshot(path=SCREENSHOTS / f"{name}-{width}-{scheme}.png", full_page=True)
+        assert_flawless(watched, running)
+
+
+def test_a_new_widget_shows_within_two_seconds_without_a_reload(
+    running: str, open_page: Callable[..., Watched]
+) -> None:
+    watched = open_page(f"{running}/")
+    watched.page.evaluate("window.isTheSame = true")
+    for _ in range(3):
+        made = make(running)
+        expect(watched.page.locator("#list code").first).to_have_text(made, timeout=SHOWN_WITHIN_MS)
+    assert watched.page.evaluate("window.isTheSame")
+    expect(watched.page.locator("#list > li")).to_have_count(20)
+    assert_flawless(watched, running)
+
+
+def test_the_page_shows_totals_rates_and_the_faults_that_are_played(
+    running: str, open_page: Callable[..., Watched]
+) -> None:
+    page = open_page(f"{running}/").page
+    count = len(widgets(running))
+    expect(page.locator("#totals dd.number").first).to_have_text(f"{count:,}")
+    expect(page.locator("#totals")).to_contain_text("1 bad widget id")
+    expect(page.locator("#faults")).to_contain_text("10% of POSTs fail and answers come 0.01 s late.")
+    assert page.locator(".bar").count() >= 1
+    assert page.get_by_role("img", name="Widgets per second").is_visible()
+
+
+def test_without_javascript_everything_is_shown_and_the_page_reloads_itself(
+    running: str, open_page: Callable[..., Watched]
+) -> None:
+    page = open_page(f"{running}/", java_script_enabled=False).page
+    expect(page.locator("#list > li svg.picture")).to_have_count(20)
+    assert page.locator("#totals").is_visible()
+    assert page.locator(".bar").count() >= 1
+    assert page.get_by_role("button", name="Pause").is_hidden()
+    made = make(running)
+    expect(page.locator("#list code").first).to_have_text(made, timeout=8000)
+    page.get_by_label("Widget id").fill(made)
+    page.get_by_role("button", name="Find").click()
+    expect(page).to_have_url(f"{running}/widgets/{made}")
+
+
+def test_search_leads_to_a_widget_and_its_page_says_when_and_where_it_was_made(
+    running: str, open_page: Callable[..., Watched]
+) -> None:
+    made = make(running, "31f37378-54f4-11e5-ad75-3c970e65f731")
+    page = open_page(f"{running}/").page
+    page.get_by_label("Widget id").fill(made[:20].upper())
+    page.keyboard.press("Enter")
+    expect(page.locator(".cards li")).to_have_count(1)
+    page.get_by_role("link", name=made).click()
+    expect(page).to_have_url(f"{running}/widgets/{made}")
+    expect(page.get_by_role("heading", level=1)).to_have_text(made)
+    expect(page.locator("main")).to_contain_text("2015-09-07 00:05:49.145996 UTC")
+    expect(page.locator("main")).to_contain_text("3c:97:0e:65:f7:31")
+
+
+def test_paging_shows_every_widget_once(running: str, open_page: Callable[..., Watched]) -> None:
+    expected = widgets(running)
+    page = open_page(f"{running}/?after={len(expected) + 1}&limit=7").page
+    page.get_by_role("button", name="Pause").click()
+    seen = page.locator("#list code").all_inner_texts()
+    while page.get_by_role("link", name="Older").count():
+        page.get_by_role("link", name="Older").click()
+        seen += page.locator("#list code").all_inner_texts()
+    assert seen == expected
+    page.get_by_role("link", name="Newest").click()
+    assert newest(page) == expected[0]
+
+
+def test_an_unknown_id_is_a_friendly_page(running: str, open_page: Callable[..., Watched]) -> None:
+    watched = open_page(f"{running}/")
+    assert watched.page.goto(f"{running}/widgets/{UNKNOWN_ID}").status == 404
+    assert watched.inaccessible() == []
+    expect(watched.page.locator("main")).to_contain_text(f"there is no widget '{UNKNOWN_ID}'")
+    watched.page.get_by_role("link", name="See the newest widgets").click()
+    expect(watched.page).to_have_url(f"{running}/")
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_is_shown_and_never_run(running: str, open_page: Callable[..., Watched], text: str) -> None:
+    watched = open_page(f"{running}/")
+    for path in ("/search?id=", *(["/widgets/"] if "/" not in text else [])):
+        watched.page.goto(f"{running}{path}{quote(text)}")
+        expect(watched.page.locator("main")).to_contain_text(text)
+    assert [problem for problem in watched.problems if "status of 404" not in problem] == []
+    assert [asked for asked in watched.requests if not asked.startswith(f"{running}/")] == []
+
+
+def test_the_list_holds_still_while_one_points_at_it_or_pauses(running: str, open_page: Callable[..., Watched]) -> None:
+    page = open_page(f"{running}/").page
+    pause, first = page.get_by_role("button", name="Pause"), page.locator("#list a").first
+    count = page.locator("#totals dd.number").first
+    before, where = int(count.inner_text().replace(",", "")), first.get_attribute("href")
+    first.focus()
+    make(running)
+    expect(count).to_have_text(f"{before + 1:,}")
+    assert first.get_attribute("href") == where
+    expect(first).to_be_focused()
+    pause.focus()
+    expect(page.locator("#list a").nth(1)).to_have_attribute("href", where, timeout=SHOWN_WITHIN_MS)
+    page.keyboard.press("Space")
+    expect(page.locator("#state")).to_have_text("Paused")
+    asked: list[Any] = []
+    page.on("request", asked.append)
+    made = make(running)
+    page.wait_for_timeout(SHOWN_WITHIN_MS)
+    assert (asked, newest(page) == made) == ([], False)
+    page.keyboard.press("Space")
+    expect(page.locator("#list code").first).to_have_text(made, timeout=SHOWN_WITHIN_MS)
+
+
+def test_everything_is_reached_by_the_tab_key_and_the_focus_is_seen(
+    running: str, open_page: Callable[..., Watched]
+) -> None:
+    page = open_page(f"{running}/").page
+    reached = []
+    for _ in range(page.locator("a, input, button").count()):
+        page.keyboard.press("Tab")
+        focused = page.locator(":focus-visible")
+        assert focused.evaluate("(element) => getComputedStyle(element).outlineStyle") == "solid"
+        reached.append(focused.evaluate("(element) => element.id || element.textContent.trim()"))
+    assert {"id", "pause", "Find", "Older", "Oldest", "Prometheus metrics"} <= set(reached)
+    assert len(reached) == len(set(reached))
+
+
+def test_the_page_says_that_the_maker_is_gone_and_goes_on_when_it_is_back(
+    tmp_path: Path, open_page: Callable[..., Watched]
+) -> None:
+    with widget_maker(tmp_path) as (url, _):
+        page = open_page(f"{url}/").page
+        expect(page.locator("#empty")).to_have_text("No widget has been made yet.")
+    expect(page.locator("#state")).to_have_text("The maker does not answer: trying again")
+    with widget_maker(tmp_path, port=int(url.rpartition(":")[2])):
+        expect(page.locator("#state")).to_have_text("Live")
+
+
+def test_an_outage_is_shown_when_it_begins(tmp_path: Path, open_page: Callable[..., Watched]) -> None:
+    with widget_maker(tmp_path, "--outage", "3:3600") as (url, _):
+        page = open_page(f"{url}/").page
+        expect(page.locator("#faults")).to_contain_text("every POST is answered 503", timeout=10_000)
