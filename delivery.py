@@ -274,7 +274,7 @@ class Maker:
     def trouble(self) -> str | None:
         """Why requests cannot be made there; None where it answers one for no widget as our maker does."""
         connection = self.connect()
-        answer = connection.post({"widget_id": ""}, {})
+        answer = connection.post({"widget_id": ""}, {"webhook-id": "check"})
         connection.close()
         return None if answer.outcome else answer.reason
 

@@ -660,12 +660,7 @@ def cli(ctx: click.Context, /, **given: Any) -> int:
     if given["deadline"] > given["claim_ttl"] - 10:
         raise ConfigError(f"--deadline {given['deadline']:g}: must be at most --claim-ttl less 10 seconds")
     distinct(given["request_queue"], given["response_queue"], given["dead_letter_queue"])
-    maker = Maker(
-        given["maker_url"],
-        deadline_s=given["deadline"],
-        signer=load_signer(given["signing_secret_file"], given["signing_secret_keyring"]),
-        allow_plain_http=given["allow_plain_http"],
-    )
+    maker = _maker(given)
     with open_queues(given["queue_url"]) as queues:
         settings = _settings(ctx, queues, given)
         require_queues(queues, settings.queues, create=settings.create)
@@ -685,7 +680,7 @@ def cli(ctx: click.Context, /, **given: Any) -> int:
 def _check(ctx: click.Context, given: dict[str, Any]) -> int:
     """Print what would keep a consumer with these options from its work; gives the exit code."""
     report = Report()
-    maker = Maker(given["maker_url"], deadline_s=given["deadline"])
+    maker = _maker(given)
     if trouble := maker.trouble():
         report.failure(f"maker {maker.url}: {trouble}: start it, or mend --maker-url")
     elif not maker.is_healthy():
@@ -754,6 +749,15 @@ def _settings(ctx: click.Context, queues: Queues, given: dict[str, Any]) -> Sett
     limits.check_claim(ttl=values["claim_ttl"], grace=values["grace"], limit=values["claim_limit"])
     limits.check_message_ttl(values["response_ttl"])
     return Settings(**values)
+
+
+def _maker(given: dict[str, Any]) -> Maker:
+    return Maker(
+        given["maker_url"],
+        deadline_s=given["deadline"],
+        signer=load_signer(given["signing_secret_file"], given["signing_secret_keyring"]),
+        allow_plain_http=given["allow_plain_http"],
+    )
 
 
 def _open_counts(queues: Queues, settings: Settings, given: dict[str, Any]) -> ReceiveCounts:

@@ -162,3 +162,15 @@ def test_no_secret_is_in_a_log_an_error_a_process_list_a_queue_or_a_file(place: 
     for trace in traces(KEY) + traces(OLD_KEY):
         assert trace not in everything
         assert trace[:20] not in everything
+
+
+def test_a_preflight_signs_too(place: Place) -> None:
+    words = ["--check", "--queue-url", place.url, "--maker-url"]
+    with widget_maker(place.path, *place.secrets("makers", SECRET)) as (url, _):
+        shared, not_shared = (
+            run_script("widget_consumer.py", *words, f"{url}/widgets", *secrets, cwd=place.path)
+            for secrets in (place.secrets("consumers", SECRET), [])
+        )
+
+    assert (shared.returncode, not_shared.returncode) == (0, 1)
+    assert "failure maker" in not_shared.stdout
