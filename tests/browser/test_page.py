@@ -182,7 +182,7 @@ def test_the_list_holds_still_while_one_points_at_it_or_pauses(running: str, ope
     page.keyboard.press("Space")
     expect(page.locator("#state")).to_have_text("Paused")
     asked: list[Any] = []
-    page.on("request", asked.append)
+    page.on("request", lambda request: asked.append(request.url))
     made = make(running)
     page.wait_for_timeout(SHOWN_WITHIN_MS)
     assert (asked, newest(page) == made) == ([], False)
