@@ -311,7 +311,7 @@ class Simulation:
     def _consume(self, process: Process) -> None:
         """What the command does."""
         world, queues = self.world, self._open()
-        maker = delivery.Maker("http://maker/widgets", deadline_s=self.plan.deadline)
+        maker = delivery.Maker("http://maker/widgets", deadline_s=self.plan.deadline, allow_plain_http=True)
         counts = ReceiveCounts(
             Path("counts"), REQUESTS, counted_by_service=queues.limits.counts_receives, clock=world.wall
         )

@@ -111,8 +111,3 @@ def test_work_on_a_lost_claim_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_count_that_is_not_stored_before_the_post_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ReceiveCounts, "_store", lambda *args, **options: None)
     assert "is POSTed as received" in first_violation()
-
-
-def test_messages_that_a_stop_keeps_hidden_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeper.Keeper, "close", lambda *args: 0)
-    assert "stopped and still holds" in first_violation()

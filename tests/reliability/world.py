@@ -492,6 +492,9 @@ class Wire:
     def settimeout(self, seconds: float) -> None:
         self.timeout = seconds
 
+    def getpeername(self) -> tuple[str, int]:
+        return "192.0.2.1", 80
+
     def sendall(self, data: bytes) -> None:
         self._world.point("POST")
         if self._ended is None:
