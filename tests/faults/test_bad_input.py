@@ -291,6 +291,7 @@ def test_a_signing_secret_that_is_missing_or_weak_is_exit_4(
     path = tmp_path / "secret"
     if content is not None:
         path.write_text(content)
+        path.chmod(0o600)
     assert_refused(script.run("--signing-secret-file", path), CREDENTIALS, hint=str(path))
     for nowhere in ("", "/", "missing/secret"):
         assert_refused(script.run("--signing-secret-file", nowhere), CREDENTIALS)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -232,7 +232,7 @@ def nothing_served(wire: Wire) -> Iterator[None]:
     """Let what a script does once its options are understood end at once, and the network be empty."""
     with (
         patch.object(widget_consumer, "run_until_signal", lambda *_, **__: None),
-        patch.object(widget_consumer, "serve_metrics", lambda *_: None),
+        patch.object(widget_consumer, "_watched", lambda *_: nullcontext()),
         patch.object(maker_module, "serve", lambda *_: None),
         patch.object(maker_module, "find_address", lambda host, _: host),
         patch.object(socket.socket, "connect", wire.connect),
