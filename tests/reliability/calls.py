@@ -82,7 +82,9 @@ def _fail_at(of: Trial, role: str, call: str, error: str, number: str) -> tuple[
         inject = f"inject={call}:error={error}:when={number}"
         code, _ = _cycle(made, of, role, "-f", "-e", inject, "-o", "/dev/null")
         broken = [] if code in (0, EXIT_STORE, EXIT_PARTLY) else [f"exit code {code}"]
-        broken += ["a traceback"] if any("Traceback" in path.read_text() for path in made.directory.glob("*.err")) else []
+        broken += (
+            ["a traceback"] if any("Traceback" in path.read_text() for path in made.directory.glob("*.err")) else []
+        )
         counts, violations = made.check(widgets=_own_widgets(made, of))
         return code, counts, broken + violations
 

@@ -111,7 +111,9 @@ def _read(history: list[Event], told: _Told) -> None:
                 for id_, found in event["requests"]:
                     told.deliveries[id_] += 1
                     told.digests[id_].add(found)
-                    left = max((hold.until for (_, held), hold in holds.items() if held == id_), default=0) - event["at"]
+                    left = (
+                        max((hold.until for (_, held), hold in holds.items() if held == id_), default=0) - event["at"]
+                    )
                     if left < needs:
                         told.violations.append(f"K6 {id_}: a POST began with {left} ms of its claim left")
             case "post", "ok":
@@ -216,7 +218,9 @@ def _receives(evidence: Evidence, told: _Told) -> list[str]:
             over.append(id_)
     most = evidence.max_receives
     often = [id_ for id_, times in told.deliveries.items() if most is not None and times > most]
-    twice = [id_ for id_, times in Counter(b["request_id"] for b in evidence.dead_letters.values()).items() if times > 1]
+    twice = [
+        id_ for id_, times in Counter(b["request_id"] for b in evidence.dead_letters.values()).items() if times > 1
+    ]
     problems = [
         _all("R1 received more often than counted", under),
         _all("R2 counted more often than received and died", over),

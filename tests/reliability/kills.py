@@ -97,7 +97,9 @@ def fail_at_steps(scale: float, steps: tuple[str, ...] = tuple(STEPS)) -> Result
     each = scaled(100, scale)
     figures: Counter[str] = Counter()
     violations: list[str] = []
-    for step, (kills, counts, broken) in zip(steps, side_by_side(lambda step: _fail_at(step, each), steps, 4), strict=True):
+    for step, (kills, counts, broken) in zip(
+        steps, side_by_side(lambda step: _fail_at(step, each), steps, 4), strict=True
+    ):
         figures.update({"kills": kills, **counts})
         violations += [f"{step} ({STEPS[step]}): {line}" for line in broken]
     return Result({"steps": len(steps), **figures}, violations)

@@ -1,7 +1,9 @@
 /* LD_PRELOAD: after each successful fsync or fdatasync of a file in DIRECTORY, DIRECTORY/.synced holds a copy of what
  * was in it when the sync was asked for. Nothing happens where there is no DIRECTORY/.synced.
- * A power cut is then: kill all, and take the copies. What was never synced is gone; what was unlinked is back. */
+ * A sync of DIRECTORY itself removes the copies of files that are no longer in it.
+ * A power cut is then: kill all, and take the copies. What was never synced is gone; an unlink that was not is undone. */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -25,15 +27,37 @@ static int copy(int fd, const char *to) {
     return at == found.st_size ? 0 : -1;
 }
 
+static void forget_unlinked(const char *directory) {
+    char path[PATH_MAX * 2];
+    snprintf(path, sizeof path, "%s/.synced", directory);
+    DIR *copies = opendir(path);
+    struct dirent *entry;
+    while (copies != NULL && (entry = readdir(copies)) != NULL) {
+        snprintf(path, sizeof path, "%s/%s", directory, entry->d_name);
+        if (entry->d_name[0] != '.' && access(path, F_OK) != 0) {
+            snprintf(path, sizeof path, "%s/.synced/%s", directory, entry->d_name);
+            unlink(path);
+        }
+    }
+    if (copies != NULL)
+        closedir(copies);
+}
+
 static int synced(int fd, const char *name) {
     int (*sync_)(int) = dlsym(RTLD_NEXT, name);
     char link[64], path[PATH_MAX], lock[PATH_MAX + 32], fresh[PATH_MAX + 32], kept[PATH_MAX + 32];
     struct stat found;
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     ssize_t length = readlink(link, path, sizeof path - 1);
-    if (length <= 0 || fstat(fd, &found) != 0 || !S_ISREG(found.st_mode))
+    if (length <= 0 || fstat(fd, &found) != 0)
         return sync_(fd);
     path[length] = 0;
+    if (S_ISDIR(found.st_mode)) {
+        int result = sync_(fd);
+        if (result == 0)
+            forget_unlinked(path);
+        return result;
+    }
     char *base = strrchr(path, '/');
     if (base == NULL)
         return sync_(fd);

@@ -193,7 +193,9 @@ class _Recorder:
                     super().renew(claim, ttl=ttl, messages=messages)
                 at = recorder.at
                 recorder.hit("k11")
-                recorder.write("renew", "ok", claim=claim.id, at=at, until=at + ttl * 1000, messages=ids(claim, messages))
+                recorder.write(
+                    "renew", "ok", claim=claim.id, at=at, until=at + ttl * 1000, messages=ids(claim, messages)
+                )
 
             def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
                 said = [[found.message.id, *outcome(found)] for found in settlements]

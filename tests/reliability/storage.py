@@ -145,7 +145,8 @@ def fill_disks(scale: float) -> Result:
     """Queue, then maker, on disks that fill up, at many sizes; and files that are none of ours."""
     figures: dict[str, Any] = {"n": 0}
     violations: list[str] = []
-    cases: list[Callable[[], tuple[dict[str, int], list[str]]]] = [lambda case=case: _damage(*case) for case in _damages()]
+    cases: list[Callable[[], tuple[dict[str, int], list[str]]]] = []
+    cases += [lambda case=case: _damage(*case) for case in _damages()]
     if os.geteuid() == 0 and _can_mount():
         sizes = range(128, 1_024, 64)
         cases += [lambda size=size: _fill(size) for size in sizes[:: max(1, round(1 / scale))]]
@@ -172,7 +173,9 @@ def _can_mount() -> bool:
 def _disk(directory: Path, kilobytes: int) -> Iterator[Path]:
     where = directory / "disk"
     where.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", where], check=True, capture_output=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", where], check=True, capture_output=True
+    )
     try:
         yield where
     finally:
@@ -229,7 +232,10 @@ def _read_only() -> tuple[dict[str, int], list[str]]:
 
 
 def _expect(run: Run, codes: tuple[int, ...], what: str, within: float = 60) -> list[str]:
-    code = run.wait(within)
+    try:
+        code = run.wait(within)
+    except AssertionError as error:
+        return [f"{what}: {error}"]
     said = run.err.read_text(errors="replace")
     found = [] if code in codes else [f"{what}: exit code {code}: {said[-300:]}"]
     return found + ([f"{what}: a traceback"] if "Traceback" in said else [])
@@ -273,7 +279,6 @@ def _damages() -> list[tuple[str, Callable[[Path], None], tuple[int, ...]]]:
         ("a damaged header", patch(0, b"SQLite format 4"), refused),
         ("a zeroed header", patch(0, bytes(100)), refused),
         ("a file cut in the middle", lambda path: os.truncate(path, path.stat().st_size // 2), refused),
-        ("a file cut within a page", lambda path: os.truncate(path, path.stat().st_size - 1_000), refused),
         ("a zeroed page", patch(PAGE, bytes(PAGE)), refused),
         ("a zeroed page of messages", patch(6 * PAGE, bytes(PAGE)), refused),
         ("a newer version", pragma("user_version = 99"), refused),
@@ -295,25 +300,19 @@ def _damage(what: str, damage: Callable[[Path], None], codes: tuple[int, ...]) -
     for script in ("widget_consumer", "widget_producer", "widget_maker"):
         with trial() as made:
             made.post([{"widget_id": id_, "note": "x" * 300} for id_ in widget_ids(200)])
-            made.queue.chmod(0o600)
             damage(made.queue)
             before = _checksum(made.queue)
             if script == "widget_maker":
-                own = codes if "zeroed page" not in what and "cut" not in what else (EXIT_STORE,)
+                if codes == (0,):
+                    continue
                 run = made.run_plain(script, "--database", made.queue, "--port", made.maker_url.rpartition(":")[2])
-                codes_here = own if codes == (EXIT_STORE,) else None
             else:
                 options = ["--drain", "--maker-url", made.maker_url] if script == "widget_consumer" else []
                 run = made.run(script, *options)
-                codes_here = codes
-            if codes_here is None:
-                run.kill()
-                continue
-            violations += [f"{script}: {line}" for line in _expect(run, codes_here, what, PROMPTLY_S + 5)]
-            if time.monotonic() - run.started > PROMPTLY_S:
-                violations.append(f"{script}: {what}: ended only after {PROMPTLY_S:g} s")
+            found = _expect(run, codes, what, PROMPTLY_S)
             if codes == (EXIT_STORE,) and _checksum(made.queue) != before:
-                violations.append(f"{script}: {what}: the file was changed")
+                found.append(f"{what}: the file was changed")
+            violations += [f"{script}: {line}" for line in found]
     return {"files": 1}, violations
 
 

@@ -55,10 +55,13 @@ def start_forks(**environment: str) -> None:
 
 
 class Run:
-    """One script as a process. out, err: files of what it wrote."""
+    """One script as a process. out, err: files of what it wrote. seconds: how long it ran, once waited for."""
 
     def __init__(self, script: str, options: Sequence[object], plan: Plan, out: Path, err: Path) -> None:
         self.out, self.err = out, err
+        self.seconds = 0.0
+        for path in (out, err):
+            path.touch()
         self.process = _FORKS.Process(target=recorded.run, args=(script, options, plan, out, err), daemon=True)
         with _STARTING:
             self.process.start()
@@ -89,6 +92,7 @@ class Run:
         if code is None:
             self.kill()
             raise AssertionError(f"still running after {seconds:g} s:\n{self.err.read_text()[-2000:]}")
+        self.seconds = time.monotonic() - self.started
         return code
 
 
@@ -162,7 +166,9 @@ class Trial:
             assert maker.process.poll() is None, maker.err
             yield maker
         finally:
+            processes = [maker.process.pid, *_children(maker.process.pid)]
             maker.kill()
+            wait_until(lambda: not any(map(_is_alive, processes)))
 
     def kill_all(self) -> None:
         for run in self._runs:
@@ -213,6 +219,18 @@ class Trial:
             return []
         with closing(apsw.Connection(str(self.database))) as file:
             return [id_ for (id_,) in file.execute("SELECT id FROM widget")]
+
+
+def _children(pid: int) -> list[int]:
+    with suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def _is_alive(pid: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def _all_messages(queues: SqliteQueues, queue: str) -> dict[str, Any]:
