@@ -11,7 +11,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import resource
 import select
 import signal
 import sys
@@ -62,23 +61,20 @@ class Plan:
 
     history: the file for its events; None: the script as it is, without any wrapping.
     claim_ttl: seconds, shorter than the script takes, with all that hangs on it as short; 0 leaves them alone.
-    kill: a step of STEPS and the how many-th time it is reached. poison: widget ids whose POST kills the process.
-    bug: planted, to see that a campaign bites: `unsynced` or `delete-first`.
+    kill: a step of STEPS and the how many-th time it is reached.
+    bug: planted, to see that a campaign bites: `unsynced` (no sync is made) or `delete-first`.
     post_batch: bodies in one transaction of the producer; 0 leaves it alone.
     gate: a pipe; before the queue is opened (gate_at "open") or once all threads stand and nothing is claimed yet
     ("claim"), (pid, thread ids by name) is sent through it and an answer waited for.
-    file_limit: most bytes of a file (RLIMIT_FSIZE), 0 for none.
     """
 
     history: Path | None = None
     claim_ttl: int = 0
     kill: tuple[str, int] | None = None
-    poison: frozenset[str] = frozenset()
     bug: str = ""
     post_batch: int = 0
     gate: Any = None
     gate_at: str = "claim"
-    file_limit: int = 0
 
 
 def digest(body: JSON) -> str:
@@ -94,8 +90,8 @@ def run(script: str, options: Sequence[object], plan: Plan, out: Path, err: Path
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(descriptor, number)
         os.close(descriptor)
-    if plan.file_limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (plan.file_limit, plan.file_limit))
+    if plan.bug == "unsynced":
+        claim_queues.store.SYNC = lambda descriptor: None
     if plan.history is not None:
         _Recorder(plan, plan.history).wrap()
     sys.argv = [script, *map(str, options)]
@@ -232,8 +228,8 @@ class _Recorder:
         transaction = claim_queues.store.transaction
 
         @contextmanager
-        def wrapped(connection: Any, *, synced: bool = True) -> Iterator[None]:
-            with transaction(connection, synced=synced and self.plan.bug != "unsynced"):
+        def wrapped(connection: Any) -> Iterator[None]:
+            with transaction(connection):
                 yield
                 self._before_commit(getattr(self.here, "operation", ""))
 
@@ -286,8 +282,6 @@ class _Recorder:
     def before_post(self, requests: list[tuple[str, Any]]) -> None:
         self.hit("k3")
         self.write("post", "invoke", at=now_ms(), requests=[[id_, digest(body)] for id_, body in requests])
-        if any(body["widget_id"] in self.plan.poison for _, body in requests):
-            die()
 
     def after_post(self) -> None:
         self._posted += 1

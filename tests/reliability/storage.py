@@ -7,29 +7,20 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import apsw
 
-from claim_queues import QueuesError
-from claim_queues.sqlite import SqliteQueues
-
 from .campaign import Campaign, Result
-from .checker import name
 from .recorded import Plan
 from .trial import (
     CLAIM_TTL,
-    MEMORY,
-    REQUESTS,
     Run,
     Trial,
     add,
-    integrity,
-    mixed_bodies,
     scaled,
     side_by_side,
     start_forks,
@@ -48,7 +39,7 @@ PROMPTLY_S = 2.0
 
 
 def cut_power(scale: float, bug: str = "") -> Result:
-    """The power goes while all work; then every file is as it was at its last sync, or a mix of that and what followed."""
+    """The power goes while all work; then each file is as at its last sync, or a mix of that and what followed."""
     if shutil.which("gcc") is None:
         return Result({"n": 0, "note": "not run: gcc is missing"})
     cuts = scaled(300, scale)
@@ -187,7 +178,7 @@ def _remount(where: Path, option: str) -> None:
 
 
 def _fill(kilobytes: int) -> tuple[dict[str, int], list[str]]:
-    """The queue's disk fills up under a producer, then under a consumer that has to settle; then there is room again."""
+    """The queue's disk fills up under a producer, then under a consumer that settles; then there is room."""
     with trial() as made, _disk(made.directory, kilobytes) as disk, made.maker():
         made.queue = disk / "q.sqlite3"
         filler = made.producer(widget_ids(20_000), Plan(history=made.path("unused"), post_batch=20))
@@ -318,7 +309,7 @@ def _damage(what: str, damage: Callable[[Path], None], codes: tuple[int, ...]) -
 
 def _checksum(path: Path) -> str:
     if not path.is_file():
-        return str(os.stat(path, follow_symlinks=False).st_mode)
+        return str(path.lstat().st_mode)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -174,12 +174,6 @@ class Trial:
         for run in self._runs:
             run.kill()
 
-    def is_claimed(self) -> int:
-        """How many requests are claimed or delayed now."""
-        with SqliteQueues(self.queue) as queues:
-            stats = queues.stats(REQUESTS)
-        return stats.claimed + stats.delayed
-
     def read_producers(self) -> None:
         """Take over what the producers reported; a line without an end was cut off by the kill."""
         for run, ids in self._producers:
