@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check --no-deps
 TESTS := $(BIN)/python -m pytest
 
-.PHONY: help setup demo run test test-quick browser check mutants bench zaqar sqs servers readme lock clean
+.PHONY: help setup demo run test test-quick browser check mutants bench campaigns zaqar sqs servers readme lock clean
 
 help:  ## print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile
@@ -40,6 +40,10 @@ mutants: .venv/tests-installed  ## plant each bug of tests/mutants.toml and see 
 
 bench: .venv/installed  ## measure it against its peers; parts: TABLE=pinned ONLY='ours*,taskiq' ROUNDS=1 COUNT=1000
 	@PYTHONPATH=. $(BIN)/python -m bench $(foreach option,TABLE ONLY ROUNDS COUNT,$(if $($(option)),\
+		--$(shell echo $(option) | tr A-Z a-z) '$($(option))'))
+
+campaigns: .venv/tests-installed servers  ## provoke faults many times over and see that nothing is lost; parts: ONLY=kills SCALE=0.1
+	@PYTHONPATH=.:tests $(BIN)/python -m reliability $(foreach option,ONLY SCALE,$(if $($(option)),\
 		--$(shell echo $(option) | tr A-Z a-z) '$($(option))'))
 
 zaqar: .venv/installed .venvs/zaqar23/installed  ## run a local OpenStack Zaqar (in memory) until Ctrl-C

@@ -1,0 +1,103 @@
+"""Run reliability campaigns: `make campaigns ONLY=kills,powercuts SCALE=0.1`; at full size, report them too."""
+
+import json
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import calls, fuzz, hostile, kills, network, simulation, storage
+from .campaign import Campaign, Result
+
+CAMPAIGNS: list[Campaign] = [
+    campaign for module in (simulation, kills, calls, storage, network, fuzz, hostile) for campaign in module.CAMPAIGNS
+]
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = Path(__file__).parent / "results"
+REPORT = ROOT / "docs" / "reliability.md"
+INTRODUCTION = """# Reliability
+
+Written by `make campaigns` from its last runs at full size; a part of them, smaller: `make campaigns ONLY=kills
+SCALE=0.1`. A campaign runs the scripts, most as real processes, provokes faults many times, and then compares all that
+was submitted with all that became of it; the rules are in `tests/reliability/checker.py`. Where n trials broke nothing,
+fewer than 3 in n break something, with 95 % confidence.
+
+"""
+LIMITS = """
+## What cannot be promised
+
+- A request is delivered at least once, not exactly once. What happens once is the effect: one widget for each id.
+- Amazon SQS and Zaqar can give one message to two consumers at once, and SQS cannot refuse a late delete. The consumer
+  deletes only what has its outcome, and the maker makes each widget once: that is what protects there.
+- Receives are counted by `--receive-counts` where the service does not: consumers of several machines that count apart
+  deliver a message up to `--max-receives` times each.
+- A response can come twice where it is not in the same file as the request. `response_id` tells that it is the same.
+- After a power cut, claims, renewals and releases of the embedded queue may be as if they had never been: a message may
+  be delivered, and counted, again.
+- A disk that says it has written what it has not, and a queue file on a network file system, can lose anything.
+- The live services of Rackspace and Amazon were not used: the tests run against Zaqar itself, and against a local SQS.
+"""
+
+
+@click.command()
+@click.option("--only", default="", help="Names of campaigns, separated by commas; all if not given.")
+@click.option("--scale", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="1: full size.")
+def main(only: str, scale: float) -> None:
+    """Run campaigns and print their figures; exit 1 where a promise was broken. Names:"""
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    if unknown := set(names) - {campaign.name for campaign in CAMPAIGNS}:
+        raise click.UsageError(f"no campaign is called {', '.join(sorted(unknown))}")
+    is_broken = False
+    for campaign in CAMPAIGNS:
+        if names and campaign.name not in names:
+            continue
+        started = time.monotonic()
+        result = campaign.run(scale)
+        seconds = round(time.monotonic() - started)
+        click.echo(f"{campaign.name}: {_figures(result.figures)} ({seconds} s)")
+        for violation in result.violations:
+            click.echo(f"  BROKEN: {violation}")
+        is_broken = is_broken or bool(result.violations)
+        if scale == 1:
+            _keep(campaign, result)
+    sys.exit(is_broken)
+
+
+def _keep(campaign: Campaign, result: Result) -> None:
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
+    found = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": head.stdout.strip(),
+        "figures": result.figures,
+        "violations": result.violations,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{campaign.name}.json").write_text(json.dumps(found, indent=2) + "\n")
+    REPORT.write_text(report(RESULTS))
+
+
+def report(results: Path) -> str:
+    """What docs/reliability.md says of the results in that directory."""
+    rows = ["| campaign | what it shows | figures | broken | date | commit |", "| --- | --- | --- | --- | --- | --- |"]
+    for campaign in CAMPAIGNS:
+        if (path := results / f"{campaign.name}.json").exists():
+            found = json.loads(path.read_text())
+            broken = "; ".join(found["violations"]) or "nothing"
+            cells = (campaign.name, campaign.shows, _figures(found["figures"]), broken, found["date"], found["commit"])
+            rows.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    return INTRODUCTION + "\n".join(rows) + "\n" + LIMITS
+
+
+def _figures(figures: dict[str, Any]) -> str:
+    """In one line, without the simulation's counts of each mark."""
+    shown = {key: value for key, value in figures.items() if not key.startswith("mark: ")}
+    return ", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in shown.items())
+
+
+main.help = f"{main.help} {', '.join(campaign.name for campaign in CAMPAIGNS)}."
+if __name__ == "__main__":
+    main()
