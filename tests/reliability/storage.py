@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import apsw
+from support import wait_until
 
 from .campaign import Campaign, Result
 from .recorded import Plan
@@ -75,12 +76,17 @@ def _cut(seed: int, cuts: int, shim: str, bug: str) -> tuple[int, dict[str, int]
             with made.maker(env={"LD_PRELOAD": shim}):
                 runs = [made.consumer(*options, plan=plan) for options in ((), ("--post-batch", 20))]
                 poster = Plan(history=made.path("unused"), post_batch=chance.choice((1, 10, 100)), bug=bug)
-                runs += [made.producer(widget_ids(chance.choice((30, 600))), poster) for _ in range(2)]
-                time.sleep(chance.uniform(0.02, 0.5))
+                producers = [made.producer(widget_ids(chance.choice((30, 600))), poster) for _ in range(2)]
+                runs += producers
+                _wait_for_one_that_printed(producers)
+                time.sleep(chance.uniform(0, 0.4))
                 for run in runs:
                     run.kill()
             made.deaths += len(runs)
+            before = len(made.acknowledged)
             made.read_producers()
+            if len(made.acknowledged) == before:
+                damage.append("nothing was acknowledged before the cut")
             made.cuts.append(int(time.time() * 1000))
             _go_back(made, synced, chance if chance.random() < 0.5 else None)
             damage += made.damage()
@@ -88,6 +94,10 @@ def _cut(seed: int, cuts: int, shim: str, bug: str) -> tuple[int, dict[str, int]
         with made.maker():
             made.drain("--post-batch", 20)
         return (2 * cuts, *_with(made.check(), damage))
+
+
+def _wait_for_one_that_printed(runs: Sequence[Run]) -> None:
+    wait_until(lambda: any(run.out.stat().st_size for run in runs))
 
 
 def _with(checked: tuple[dict[str, int], list[str]], more: list[str]) -> tuple[dict[str, int], list[str]]:
@@ -121,6 +131,8 @@ def _go_back(made: Trial, synced: Path, chance: random.Random | None) -> None:
 
 
 def _mix(old: bytes, new: bytes, chance: random.Random) -> bytes:
+    if len(new) < len(old):  # another file of that name: of a file only its own content can be mixed
+        return chance.choice((old, new))
     pages = [
         chance.choice((old, new))[start : start + PAGE] for start in range(0, chance.choice((len(old), len(new))), PAGE)
     ]
