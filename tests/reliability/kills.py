@@ -14,15 +14,14 @@ KINDS = ((), ("--post-batch", 20), ("--slots", 3))
 """Options of the consumers that run side by side."""
 
 
-def kill_consumers(scale: float, bug: str = "") -> Result:
+def kill_consumers(scale: float) -> Result:
     """Three consumers on one file are killed again and again while messages flow."""
     kills, count = scaled(1_000, scale), scaled(100_000, scale, 500)
     with trial() as made, made.maker():
-        plan = Plan(claim_ttl=CLAIM_TTL, bug=bug)
         producers = [made.producer(batch, Plan()) for batch in _batches(widget_ids(count), 10_000)]
         made.post(mixed_bodies(scaled(1_000, scale, 20)))
         started = time.monotonic()
-        _keep_killing(made, kills, plan)
+        _keep_killing(made, kills)
         for producer in producers:
             assert producer.wait() == 0
         made.drain("--post-batch", 20, seconds=400)
@@ -30,16 +29,17 @@ def kill_consumers(scale: float, bug: str = "") -> Result:
         return Result({"kills": kills, **counts, "seconds": round(time.monotonic() - started)}, violations)
 
 
-def _keep_killing(made: Trial, kills: int, plan: Plan) -> None:
+def _keep_killing(made: Trial, kills: int) -> None:
     chance = random.Random(1)
-    running = [made.consumer(*options, plan=plan) for options in KINDS]
+    running = [made.consumer(*options) for options in KINDS]
     for number in range(kills):
-        time.sleep(chance.expovariate(len(running) / CONSUMER_LIFE_S))
         which = chance.randrange(len(running))
+        running[which].wait_for_events()
+        time.sleep(chance.expovariate(len(running) / CONSUMER_LIFE_S))
         running[which].kill()
         made.deaths += 1
         if number < kills - 1:
-            running[which] = made.consumer(*KINDS[which], plan=plan)
+            running[which] = made.consumer(*KINDS[which])
     for run in running:
         run.kill()
     made.deaths += len(running) - 1
@@ -92,20 +92,20 @@ def _batches(ids: list[str], size: int) -> Iterator[list[str]]:
 # At each step
 
 
-def fail_at_steps(scale: float, steps: tuple[str, ...] = tuple(STEPS)) -> Result:
+def fail_at_steps(scale: float, steps: tuple[str, ...] = tuple(STEPS), bug: str = "") -> Result:
     """Consumers die at one named step of a message's life, time after time; then one works off the rest."""
     each = scaled(100, scale)
     figures: Counter[str] = Counter()
     violations: list[str] = []
     for step, (kills, counts, broken) in zip(
-        steps, side_by_side(lambda step: _fail_at(step, each), steps, 4), strict=True
+        steps, side_by_side(lambda step: _fail_at(step, each, bug), steps, 4), strict=True
     ):
         figures.update({"kills": kills, **counts})
         violations += [f"{step} ({STEPS[step]}): {line}" for line in broken]
     return Result({"steps": len(steps), **figures}, violations)
 
 
-def _fail_at(step: str, kills: int) -> tuple[int, dict[str, int], list[str]]:
+def _fail_at(step: str, kills: int, bug: str) -> tuple[int, dict[str, int], list[str]]:
     chance = random.Random(step)
     options = ["--latency", 0.03] if step == "k5" else []
     options += ["--latency", 0.5] if step.startswith("k11") else []
@@ -115,13 +115,18 @@ def _fail_at(step: str, kills: int) -> tuple[int, dict[str, int], list[str]]:
         with made.maker(*options):
             for _ in range(kills):
                 made.post([*mixed_bodies(7, chance.randrange(10**6)), ["no request", len(made.attempted)]])
-                run = made.consumer("--slots", 3, plan=Plan(claim_ttl=CLAIM_TTL, kill=(step, chance.randint(1, most))))
+                run = made.consumer(
+                    "--slots", 3, plan=Plan(claim_ttl=CLAIM_TTL, kill=(step, chance.randint(1, most)), bug=bug)
+                )
                 code = _until_dead(made, run)
                 made.deaths += 1
                 if code != -9:
                     return made.deaths, {}, [f"the consumer was not killed there: exit code {code}"]
-        with made.maker():
-            made.drain(seconds=300)
+            if not options:
+                made.drain(seconds=300)
+        if options:
+            with made.maker():
+                made.drain(seconds=300)
         return (kills, *made.check())
 
 

@@ -30,7 +30,7 @@ from .trial import (
 )
 
 HERE = Path(__file__).parent
-CUTS_PER_FILE = 10
+CUTS, CUTS_PER_FILE = 300, 10
 PAGE = 4096
 EXIT_STORE = 5
 PROMPTLY_S = 2.0
@@ -43,7 +43,7 @@ def cut_power(scale: float, bug: str = "") -> Result:
     """The power goes while all work; then each file is as at its last sync, or a mix of that and what followed."""
     if shutil.which("gcc") is None:
         return Result({"n": 0, "note": "not run: gcc is missing"})
-    cuts = scaled(300, scale)
+    cuts = scaled(CUTS, scale)
     chains = [(seed, min(CUTS_PER_FILE, cuts - seed)) for seed in range(0, cuts, CUTS_PER_FILE)]
     figures: dict[str, Any] = {"n": cuts, "integrity checks": 0}
     violations: list[str] = []

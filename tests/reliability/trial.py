@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -46,7 +47,7 @@ def start_forks(**environment: str) -> None:
     kept = dict(os.environ)
     for measured in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"):
         os.environ.pop(measured, None)  # what is killed reports nothing
-    os.environ.update(environment)
+    os.environ.update(environment, PYTHONPATH=os.pathsep.join(sys.path))  # or it could not import beforehand
     try:
         forkserver.ensure_running()
     finally:
@@ -59,11 +60,14 @@ class Run:
 
     def __init__(self, script: str, options: Sequence[object], plan: Plan, out: Path, err: Path) -> None:
         self.out, self.err = out, err
+        self._history = plan.history
         self.seconds = 0.0
         for path in (out, err):
             path.touch()
         self.process = _FORKS.Process(target=recorded.run, args=(script, options, plan, out, err), daemon=True)
         with _STARTING:
+            if forkserver._forkserver._forkserver_pid is None:
+                start_forks()
             self.process.start()
             multiprocessing.process._children.discard(self.process)  # or a start in another thread would reap it
         self.started = time.monotonic()
@@ -76,6 +80,12 @@ class Run:
     @property
     def is_running(self) -> bool:
         return self.process.is_alive()
+
+    def wait_for_events(self) -> None:
+        """Wait until it is about to claim, or has ended."""
+        history = self._history
+        assert history is not None
+        wait_until(lambda: (history.exists() and history.stat().st_size) or not self.is_running)
 
     def signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
