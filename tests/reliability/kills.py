@@ -107,7 +107,7 @@ def fail_at_steps(scale: float, steps: tuple[str, ...] = tuple(STEPS), bug: str 
 
 def _fail_at(step: str, kills: int, bug: str) -> tuple[int, dict[str, int], list[str]]:
     chance = random.Random(step)
-    options = ["--latency", 0.03] if step == "k5" else []
+    options = ["--latency", 0.03] if step in ("k5", "k13") else []
     options += ["--latency", 0.5] if step.startswith("k11") else []
     options += ["--fail-rate", 0.4] if step.startswith("k12") else []
     most = 3 if step in ("k3", "k4", "k5", "k6", "k7") else 1
