@@ -17,6 +17,8 @@ CAMPAIGNS: list[Campaign] = [
     campaign for module in (simulation, kills, calls, storage, network, fuzz, hostile) for campaign in module.CAMPAIGNS
 ]
 ROOT = Path(__file__).resolve().parent.parent.parent
+PRODUCT = ("claim_queues", "*.py", ":!tests", ":!bench", ":!demo")
+"""What campaigns test: a result names the last commit that changed it."""
 RESULTS = Path(__file__).parent / "results"
 REPORT = ROOT / "docs" / "reliability.md"
 INTRODUCTION = """# Reliability
@@ -24,7 +26,7 @@ INTRODUCTION = """# Reliability
 Written by `make campaigns` from its last runs at full size; a part of them, smaller: `make campaigns ONLY=kills
 SCALE=0.1`. A campaign runs the scripts, most as real processes, provokes faults many times, and then compares all that
 was submitted with all that became of it; the rules are in `tests/reliability/checker.py`. Where n trials broke nothing,
-fewer than 3 in n break something, with 95 % confidence.
+fewer than 3 in n break something, with 95 % confidence. The commit is the last one that changed the scripts.
 
 """
 LIMITS = """
@@ -68,10 +70,11 @@ def main(only: str, scale: float) -> None:
 
 
 def _keep(campaign: Campaign, result: Result) -> None:
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
+    last = ["git", "log", "-1", "--format=%h", "--", *PRODUCT]
+    commit = subprocess.run(last, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
     found = {
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": head.stdout.strip(),
+        "commit": commit,
         "figures": result.figures,
         "violations": result.violations,
     }
