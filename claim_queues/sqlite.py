@@ -2,8 +2,8 @@
 
 Semantics follow OpenStack Zaqar's. Times in the file are UTC milliseconds. A message is free while `held_until`
 is 0 or past, claimed while it lies ahead and `claim` is set, delayed while it lies ahead and `claim` is not. None
-expires before its `held_until`. Claims, renewals and releases are not synced: after a power cut they may be as if they
-had never been, which leaves messages free again. Everything else is.
+expires before its `held_until`. Renewals and releases are not synced: after a power cut they may be as if they had
+never been. Everything else is.
 """
 
 import json
@@ -242,7 +242,7 @@ class SqliteQueues(Queues):
     def _claim(self, queue: str, ttl: int, grace: int, limit: int, *, purge: bool) -> Claim | None:
         """Claim in one transaction; purge: remove what has expired first."""
         claim_id = os.urandom(12).hex()
-        with self._writing(synced=False) as now:  # after a power cut the messages are just free again
+        with self._writing() as now:  # synced: a message that a power cut undoes would leave its id to another
             until = now + ttl * 1000
             values = {
                 "queue": self._number(queue),

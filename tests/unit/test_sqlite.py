@@ -301,7 +301,7 @@ class TestSyncing:
         {
             "create": True,
             "post": True,
-            "claim": False,
+            "claim": True,
             "renew": False,
             "settle": True,
             "release": False,
