@@ -272,11 +272,13 @@ class Maker:
         return self.connect().is_healthy()
 
     def trouble(self) -> str | None:
-        """Why requests cannot be made there; None where it answers one for no widget as our maker does."""
+        """Why requests cannot be made there, and what to do; None where it answers as our maker does."""
         connection = self.connect()
         answer = connection.post({"widget_id": ""}, {"webhook-id": "check"})
         connection.close()
-        return None if answer.outcome else answer.reason
+        if answer.outcome:
+            return None
+        return answer.reason if answer.refused else f"{answer.reason}: start it, or mend --maker-url"
 
     @contextmanager
     def deadline(self, connection: "Connection") -> Iterator[None]:

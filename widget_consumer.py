@@ -682,7 +682,7 @@ def _check(ctx: click.Context, given: dict[str, Any]) -> int:
     report = Report()
     maker = _maker(given)
     if trouble := maker.trouble():
-        report.failure(f"maker {maker.url}: {trouble}: start it, or mend --maker-url")
+        report.failure(f"maker {maker.url}: {trouble}")
     elif not maker.is_healthy():
         report.warning(f"maker {maker.url}: its /healthz does not answer: a bad message alone is tried for ever")
     else:

@@ -301,7 +301,8 @@ class Bodies:
         try:
             self._signer.check(dict(request.headers), body)
         except BadSignature as error:
-            raise Refused(401, "bad_signature", f"Standard Webhooks: {error}") from error
+            what = f"Standard Webhooks: {error}: give the consumer this maker's --signing-secret-file or -keyring"
+            raise Refused(401, "bad_signature", what) from error
 
 
 class Making:

@@ -92,8 +92,9 @@ def peek(kind: str, queue_url: str | None, limit: int, as_json: bool, create: bo
     """Show the messages of a queue, oldest first, without claiming them: ID AGE RECEIVES BODY."""
     with open_queues(queue_url) as queues:
         name = names[f"{kind.replace('-', '_')}_queue"]
+        messages = _browse_all(queues, name, claimed=True)
         require_queues(queues, [name], create=create)
-        for message in islice(_browse_all(queues, name, claimed=True), limit):
+        for message in islice(messages, limit):
             if as_json:
                 click.echo(json.dumps({key: value for key, value in asdict(message).items() if key != "handle"}))
             else:
@@ -108,8 +109,9 @@ def peek(kind: str, queue_url: str | None, limit: int, as_json: bool, create: bo
 def dead_letters(queue_url: str | None, dead_letter_queue: str, limit: int | None, as_json: bool, create: bool) -> None:
     """Show the dead letters, oldest first: REQUEST_ID WIDGET_ID RECEIVES REASON."""
     with open_queues(queue_url) as queues:
+        messages = _browse_all(queues, dead_letter_queue, claimed=True)
         require_queues(queues, [dead_letter_queue], create=create)
-        for message in islice(_browse_all(queues, dead_letter_queue, claimed=True), limit):
+        for message in islice(messages, limit):
             letter = message.body if _is_letter(message) else {"reason": f"no dead letter: {json.dumps(message.body)}"}
             if as_json:
                 click.echo(json.dumps({**letter, "message_id": message.id}))
@@ -135,9 +137,10 @@ def redrive(ctx: click.Context, /, queue_url: str | None, limit: int | None, *, 
     distinct(request_queue, dead_letter_queue)
     with open_queues(queue_url) as queues:
         ttl = message_ttl(ctx, queues.limits, "ttl")
+        shown = _browse_all(queues, dead_letter_queue, claimed=False) if dry_run else iter(())
         require_queues(queues, (request_queue, dead_letter_queue), create=given["create"])
         if dry_run:
-            for letter in islice(filter(_is_letter, _browse_all(queues, dead_letter_queue, claimed=False)), limit):
+            for letter in islice(filter(_is_letter, shown), limit):
                 click.echo(f"{one_line(letter.body['request_id'])} -")
             return 0
         if not queues.stats(dead_letter_queue).free:
@@ -186,8 +189,13 @@ def check(queue_url: str | None, claim_ttl: int, grace: int, deadline: float, cr
 
 
 def _browse_all(queues: Queues, name: str, *, claimed: bool) -> Iterator[Message]:
+    """All messages of the queue, asked for as they are taken; a service that cannot show them is refused at once."""
     if not queues.limits.can_browse:
         raise ConfigError(f"{queues.limits.service} cannot show messages without claiming them")
+    return _browse_on(queues, name, claimed=claimed)
+
+
+def _browse_on(queues: Queues, name: str, *, claimed: bool) -> Iterator[Message]:
     page = queues.browse(name, claimed=claimed)
     while page.messages:
         yield from page.messages

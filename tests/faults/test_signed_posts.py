@@ -173,4 +173,6 @@ def test_a_preflight_signs_too(place: Place) -> None:
         )
 
     assert (shared.returncode, not_shared.returncode) == (0, 1)
-    assert "failure maker" in not_shared.stdout
+    (failure,) = (line for line in not_shared.stdout.splitlines() if line.startswith("failure maker"))
+    assert "give the consumer this maker's --signing-secret-file" in failure
+    assert "--maker-url" not in failure

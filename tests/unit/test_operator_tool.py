@@ -142,8 +142,11 @@ def test_peek_says_when_the_service_does_not_count_receives(queues: Queues, use:
 
 
 @pytest.mark.parametrize("command", [["peek"], ["dead-letters"], ["redrive", "--dry-run"]])
-def test_looking_is_refused_with_the_reason_where_the_service_cannot(command: list[str], use: Any) -> None:
+def test_looking_is_refused_with_the_reason_where_the_service_cannot(
+    command: list[str], use: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     use(can_browse=False, service="Blind")
+    monkeypatch.setattr(SqliteQueues, "exists", lambda self, queue: False)  # nobody makes a queue for this in vain
     assert tool(*command) == Ended(2, "", "error: Blind cannot show messages without claiming them\n")
 
 
