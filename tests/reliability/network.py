@@ -359,7 +359,8 @@ class CutService:
             return type(error).__name__
         finally:
             self.service.mend()
-            after = self.service.queues.stats(self.queue).total
+            # moto counts messages in no state while their holds end; what is lost is missing from every count.
+            after = max(self.service.queues.stats(self.queue).total for _ in range(3))
             assert after >= before - (kind == "delete"), f"{before - after} messages are gone, {message_id} among them?"
         return said
 
