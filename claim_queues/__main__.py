@@ -96,7 +96,7 @@ def peek(kind: str, queue_url: str | None, limit: int, as_json: bool, create: bo
         require_queues(queues, [name], create=create)
         for message in islice(messages, limit):
             if as_json:
-                click.echo(json.dumps({key: value for key, value in asdict(message).items() if key != "handle"}))
+                click.echo(json.dumps({key: value for key, value in message._asdict().items() if key != "handle"}))
             else:
                 receives = "-" if message.receive_count is None else message.receive_count
                 click.echo(f"{message.id} {message.age:.0f}s {receives} {one_line(json.dumps(message.body))}")

@@ -26,8 +26,7 @@ _LARGE_INTEGER = re.compile("[0-9]{19}")
 """An integer of fewer digits always fits into signed 64 bits, as Zaqar demands (HTTP 400 otherwise)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One message as it was when it was claimed or browsed.
 
     id: opaque and unique; the same at every receive.
@@ -42,7 +41,7 @@ class Message:
     age: float
     ttl: int | None
     receive_count: int | None = None
-    handle: str = field(default="", repr=False)
+    handle: str = ""
 
 
 class Outgoing(NamedTuple):
@@ -71,8 +70,7 @@ class Claim:
     posted: set[Outgoing] = field(default_factory=set, compare=False, repr=False, kw_only=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Post:
+class Post(NamedTuple):
     """A body for a queue. ttl: seconds; None is the longest that the service offers."""
 
     queue: str
@@ -80,8 +78,7 @@ class Post:
     ttl: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(NamedTuple):
     """The end of one message: what to post first, then its delete.
 
     fenced: delete only while the claim still holds the message. False lets a service delete in bulk without

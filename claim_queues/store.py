@@ -7,7 +7,7 @@ processes share (https://sqlite.org/wal.html#walresetbug, read 2026-11-23).
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -52,7 +52,7 @@ def open_store(path: Path, *, application_id: int, version: int, schema: str) ->
     with store_errors(path):
         connection = apsw.Connection(str(path.absolute()), flags=apsw.SQLITE_OPEN_READWRITE)
         try:
-            connection.set_busy_handler(_wait_for_lock)
+            connection.set_busy_handler(_lock_waiter())
             _refuse_foreign(connection, path, application_id, version)
             _make_durable(connection, path)
             _migrate(connection, application_id, version, schema)
@@ -65,9 +65,17 @@ def open_store(path: Path, *, application_id: int, version: int, schema: str) ->
     return connection
 
 
-def _wait_for_lock(attempt: int) -> bool:
-    time.sleep(BUSY_PAUSE_S)
-    return attempt < BUSY_TIMEOUT_S / BUSY_PAUSE_S
+def _lock_waiter() -> Callable[[int], bool]:
+    began = 0.0
+
+    def wait(attempt: int) -> bool:
+        nonlocal began
+        if attempt == 0:
+            began = time.monotonic()
+        time.sleep(BUSY_PAUSE_S)
+        return time.monotonic() - began < BUSY_TIMEOUT_S
+
+    return wait
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
@@ -213,7 +212,7 @@ class ZaqarApi(Queues):
         with self._reading("claim from", queue):
             id_ = last_part(answer.headers["Location"])
             messages = _messages(found["messages"] if self.wraps_messages else found)
-        held = tuple(replace(message, ttl=self._life(message, ttl, grace)) for message in messages)
+        held = tuple(message._replace(ttl=self._life(message, ttl, grace)) for message in messages)
         return Claim(id_, queue, held, grace) if held else None
 
     def renew(self, claim: Claim, *, ttl: int, messages: Collection[Message] | None = None) -> None:

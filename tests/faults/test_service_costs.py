@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,7 +93,7 @@ class Fenced:
         self._queues = queues
 
     def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
-        return self._queues.settle(claim, [replace(settlement, fenced=True) for settlement in settlements])
+        return self._queues.settle(claim, [settlement._replace(fenced=True) for settlement in settlements])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._queues, name)

@@ -38,7 +38,8 @@ LIMITS = """
 - Receives are counted by `--receive-counts` where the service does not: consumers of several machines that count apart
   deliver a message up to `--max-receives` times each.
 - A response can come twice where it is not in the same file as the request. `response_id` tells that it is the same.
-- After a power cut, renewals and releases of the embedded queue may be as if they had never been.
+- After a power cut, the last claims, renewals and releases of the embedded queue may be as if they had never been: a
+  message is then delivered again, and its receive not counted.
 - A disk that says it has written what it has not, and a queue file on a network file system, can lose anything.
 - The live services of Rackspace and Amazon were not used: the tests run against Zaqar itself, and against a local SQS.
 """

@@ -134,7 +134,7 @@ def test_peek_says_when_the_service_does_not_count_receives(queues: Queues, use:
     class Uncounted(SqliteQueues):
         def browse(self, queue: str, **options: Any) -> Any:
             page = super().browse(queue, **options)
-            return replace(page, messages=tuple(replace(message, receive_count=None) for message in page.messages))
+            return replace(page, messages=tuple(message._replace(receive_count=None) for message in page.messages))
 
     queues.post(REQUESTS, [1])
     use(Uncounted)
@@ -518,4 +518,4 @@ def test_a_message_is_not_changed_by_being_looked_at(queues: Queues) -> None:
     for command in (["stats"], ["peek", "dead-letter"], ["dead-letters"], ["redrive", "--dry-run"], ["check"]):
         assert tool(*command).code == 0
     (after,) = queues.browse(LETTERS).messages
-    assert replace(after, age=before[0].age) == before[0]
+    assert after._replace(age=before[0].age) == before[0]
