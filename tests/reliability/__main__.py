@@ -10,11 +10,13 @@ from typing import Any
 
 import click
 
-from . import calls, fuzz, hostile, kills, network, simulation, storage
+from . import calls, fuzz, hostile, kills, network, simulation, soak, storage
 from .campaign import Campaign, Result
 
 CAMPAIGNS: list[Campaign] = [
-    campaign for module in (simulation, kills, calls, storage, network, fuzz, hostile) for campaign in module.CAMPAIGNS
+    campaign
+    for module in (simulation, kills, calls, storage, soak, network, fuzz, hostile)
+    for campaign in module.CAMPAIGNS
 ]
 ROOT = Path(__file__).resolve().parent.parent.parent
 PRODUCT = ("claim_queues", "*.py", ":!tests", ":!bench", ":!demo")

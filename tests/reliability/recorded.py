@@ -62,7 +62,8 @@ class Plan:
     history: the file for its events; None: the script as it is, without any wrapping.
     claim_ttl: seconds, shorter than the script takes, with all that hangs on it as short; 0 leaves them alone.
     kill: a step of STEPS and the how many-th time it is reached.
-    bug: planted, to see that a campaign bites: `unsynced` (no sync is made) or `delete-first`.
+    bug: planted, to see that a campaign bites: `unsynced` (no sync is made), `delete-first`, or `leak` (of memory and
+    descriptors).
     post_batch: bodies in one transaction of the producer; 0 leaves it alone.
     gate: a pipe; before the queue is opened (gate_at "open") or once all threads stand and nothing is claimed yet
     ("claim"), (pid, thread ids by name) is sent through it and an answer waited for.
@@ -92,10 +93,25 @@ def run(script: str, options: Sequence[object], plan: Plan, out: Path, err: Path
         os.close(descriptor)
     if plan.bug == "unsynced":
         claim_queues.store.SYNC = lambda descriptor: None
+    if plan.bug == "leak":
+        _leak()
     if plan.history is not None:
         _Recorder(plan, plan.history).wrap()
     sys.argv = [script, *map(str, options)]
     importlib.import_module(script).main()
+
+
+def _leak() -> None:
+    ended = widget_consumer.Consumer.messages_ended
+    kept: list[object] = []
+
+    def leaking(self: Any, held: Any, end: Any) -> None:
+        kept.append(bytearray(4096 * len(held)))
+        if len(kept) % 100 == 0:
+            os.dup(0)
+        ended(self, held, end)
+
+    widget_consumer.Consumer.messages_ended = leaking
 
 
 class _Recorder:

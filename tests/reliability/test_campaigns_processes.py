@@ -1,6 +1,6 @@
 """Small tiers of the campaigns with real processes, and proof that they bite."""
 
-from . import kills, storage
+from . import kills, soak, storage
 
 
 def test_consumers_are_killed() -> None:
@@ -31,3 +31,15 @@ def test_the_power_is_cut() -> None:
 def test_a_queue_without_syncs_is_found_out() -> None:
     result = storage.cut_power(3 / storage.CUTS, bug="unsynced")
     assert int(result.figures["lost"]) > 0
+
+
+def test_a_consumer_endures() -> None:
+    result = soak.soak(0.01)
+    assert result.violations == []
+    assert (result.figures["lost"], result.figures["twice"]) == (0, 0)
+
+
+def test_a_consumer_that_leaks_is_found_out() -> None:
+    memory, descriptors = soak.soak(0.01, bug="leak").violations
+    assert memory.startswith("memory grew")
+    assert descriptors.startswith("open descriptors grew")
