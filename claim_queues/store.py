@@ -162,10 +162,23 @@ def _refuse_foreign(connection: apsw.Connection, path: Path, application_id: int
     with connection:  # one look: another process may be making the same file
         found_id, found_version = connection.pragma("application_id"), connection.pragma("user_version")
         is_new = connection.execute("SELECT count(*) FROM sqlite_schema").get == 0
+        is_cut = not _holds_whole_pages(connection)
     if not is_new and found_id != application_id:
         raise StoreError(f"{path}: belongs to another program: name another file")
     if found_version > version:
         raise StoreError(f"{path}: was made by a newer version of this program ({found_version}): upgrade")
+    if is_cut:
+        raise StoreError(
+            f"{path}: is damaged, its end is missing: it was left as it is; restore a copy, or move it away"
+        )
+
+
+def _holds_whole_pages(connection: apsw.Connection) -> bool:
+    """Whether the file ends with a page, or may do without: a log may hold what it has not."""
+    log = Path(connection.filename_wal)
+    if log.exists() and log.stat().st_size:
+        return True
+    return bool(Path(connection.filename).stat().st_size % connection.pragma("page_size") == 0)
 
 
 def _make_durable(connection: apsw.Connection, path: Path) -> None:

@@ -282,6 +282,7 @@ def _damages() -> list[tuple[str, Callable[[Path], None], tuple[int, ...]]]:
         ("a damaged header", patch(0, b"SQLite format 4"), refused),
         ("a zeroed header", patch(0, bytes(100)), refused),
         ("a file cut in the middle", lambda path: os.truncate(path, path.stat().st_size // 2), refused),
+        ("a last page cut", lambda path: os.truncate(path, path.stat().st_size - 1_000), refused),
         ("a zeroed page", patch(PAGE, bytes(PAGE)), refused),
         ("a zeroed page of messages", patch(6 * PAGE, bytes(PAGE)), refused),
         ("a newer version", pragma("user_version = 99"), refused),

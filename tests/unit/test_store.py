@@ -237,6 +237,32 @@ def test_a_damaged_file_is_refused_and_left_as_it_is(path):
     assert fingerprints(path.parent) == before
 
 
+@pytest.mark.parametrize("missing", [1, 1_000, 4_095])
+def test_a_file_whose_last_page_is_cut_is_refused_and_left_as_it_is(path, missing):
+    with open_store(path) as connection:
+        connection.execute("INSERT INTO things VALUES ('kept')")
+    os.truncate(path, path.stat().st_size - missing)
+    before = fingerprints(path.parent)
+
+    with pytest.raises(StoreError, match="its end is missing"):
+        open_store(path)
+    assert fingerprints(path.parent) == before
+
+
+def test_a_last_page_that_the_log_holds_whole_may_be_cut(path, tmp_path):
+    with open_store(tmp_path / "live") as live:
+        live.execute("INSERT INTO things VALUES ('kept')")
+        live.pragma("wal_checkpoint(truncate)")
+        live.execute("INSERT INTO things VALUES ('in the log')")
+        shutil.copy(tmp_path / "live", path)
+        shutil.copy(tmp_path / "live-wal", f"{path}-wal")
+    os.truncate(path, path.stat().st_size - 1_000)
+
+    with open_store(path):
+        pass
+    assert names(path) == ["in the log", "kept"]
+
+
 @pytest.mark.parametrize("part", ["the file", "its directory"])
 def test_what_may_not_be_written_is_refused_and_left_as_it_is(path, part):
     with open_store(path):
