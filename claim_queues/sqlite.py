@@ -13,6 +13,7 @@ import select
 import socket
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -53,7 +54,7 @@ PURGE_BATCH = 10_000
 NEVER_MS = 2**62
 
 APPLICATION_ID = 0x51C1A135
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = """
 CREATE TABLE store (id TEXT NOT NULL) STRICT;
 INSERT INTO store VALUES (lower(hex(randomblob(4))));
@@ -66,11 +67,15 @@ CREATE TABLE messages (
     receives INTEGER NOT NULL DEFAULT 0,
     posted INTEGER NOT NULL,
     expires INTEGER,
-    body BLOB NOT NULL
+    body BLOB NOT NULL,
+    checksum INTEGER
 ) STRICT;
 CREATE INDEX by_hold ON messages (queue, held_until, place);
 CREATE INDEX by_expiry ON messages (expires) WHERE expires IS NOT NULL;
 """
+
+UPGRADE = "ALTER TABLE messages ADD COLUMN checksum INTEGER"
+"""From version 1. A message without a checksum was posted before, or by a process that still runs."""
 
 PLACE = re.compile("([0-9a-f]{8})([0-9a-f]{16})")
 """A message id: of the file, and of the message in it."""
@@ -78,7 +83,7 @@ ALIVE = "(expires IS NULL OR expires > :now)"
 IN_PLACES = "place IN (SELECT value FROM json_each(:places))"
 HELD_BY_CLAIM = f"{IN_PLACES} AND claim = :claim AND held_until > :now"
 LIVE_ON = f"UPDATE messages SET expires = :until + :grace WHERE {IN_PLACES} AND claim = :claim AND expires < :until"
-COLUMNS = "place, body, posted, expires, receives"
+COLUMNS = "place, body, posted, expires, receives, checksum"
 
 
 class _Seen(NamedTuple):
@@ -105,7 +110,9 @@ class SqliteQueues(Queues):
         self._watches: list[Any] = []
         self._numbers: dict[str, int] = {}
         self._synced_to = 0
-        self._connection = open_store(path, application_id=APPLICATION_ID, version=SCHEMA_VERSION, schema=SCHEMA)
+        self._connection = open_store(
+            path, application_id=APPLICATION_ID, version=SCHEMA_VERSION, schema=SCHEMA, upgrade=UPGRADE
+        )
         with store_errors(path):
             self._store_id: str = self._connection.execute("SELECT id FROM store").get
             self._log = sync_later(self._connection)
@@ -284,7 +291,7 @@ class SqliteQueues(Queues):
             rows: list[Any] = self._connection.execute(
                 f"""
                 SELECT place, body, posted,
-                    CASE WHEN expires < :until THEN :until + :grace ELSE expires END, receives + 1
+                    CASE WHEN expires < :until THEN :until + :grace ELSE expires END, receives + 1, checksum
                 FROM messages WHERE queue = :queue AND held_until = 0 AND {ALIVE} ORDER BY place LIMIT :limit
                 """,
                 values,
@@ -346,10 +353,10 @@ class SqliteQueues(Queues):
         posts = list(posts)
         numbers = {queue: self._number(queue) for queue in {post[0] for post in posts}}
         self._connection.executemany(
-            "INSERT INTO messages (queue, posted, expires, body) VALUES (?, ?, ?, ?)",
+            "INSERT INTO messages (queue, posted, expires, body, checksum) VALUES (?, ?, ?, ?, ?)",
             [
-                (numbers[queue], now, None if ttl is None else now + ttl * 1000, text.encode())
-                for queue, text, ttl in posts
+                (numbers[queue], now, None if ttl is None else now + ttl * 1000, body, zlib.crc32(body))
+                for queue, body, ttl in ((queue, text.encode(), ttl) for queue, text, ttl in posts)
             ],
         )
 
@@ -357,12 +364,12 @@ class SqliteQueues(Queues):
         return tuple(
             Message(
                 self._id(place),
-                decode(body.decode("utf-8", "surrogateescape")),
+                _body(body, checksum),
                 age=max(0, now - posted) / 1000,
                 ttl=None if expires is None else (expires - posted) // 1000,
                 receive_count=receives,
             )
-            for place, body, posted, expires, receives in rows
+            for place, body, posted, expires, receives, checksum in rows
         )
 
     def _number(self, queue: str) -> int:
@@ -479,3 +486,11 @@ class SqliteQueues(Queues):
         if watch is not None:
             watch.read(timeout=0)
         return self._stop_reader.fileno() not in ready
+
+
+def _body(stored: Any, checksum: Any) -> JSON:
+    """The body as it was posted; text, which is no request, where it has changed since: SQLite's pages tell nothing."""
+    if isinstance(stored, bytes) and checksum in (None, zlib.crc32(stored)):
+        return decode(stored.decode("utf-8", "surrogateescape"))
+    text = stored.decode("utf-8", "surrogateescape") if isinstance(stored, bytes) else str(stored)
+    return f"damaged in the queue file: {text}"

@@ -39,10 +39,11 @@ def state_path(name: str) -> Path:
     return directory / name
 
 
-def open_store(path: Path, *, application_id: int, version: int, schema: str) -> apsw.Connection:
+def open_store(path: Path, *, application_id: int, version: int, schema: str, upgrade: str = "") -> apsw.Connection:
     """Open the file, or make it with the schema, in WAL mode with every commit synced.
 
-    application_id: marks the file as ours. version: of the schema; a newer file is refused.
+    application_id: marks the file as ours. version: of the schema; a newer file is refused. upgrade: what makes one of
+    the version before.
     Raises StoreError, and leaves the file untouched, where it is not a file, not ours, damaged, not writable or
     newer. Raises QueueUnavailable where another process keeps it locked for 5 seconds.
     """
@@ -55,7 +56,7 @@ def open_store(path: Path, *, application_id: int, version: int, schema: str) ->
             connection.set_busy_handler(_lock_waiter())
             _refuse_foreign(connection, path, application_id, version)
             _make_durable(connection, path)
-            _migrate(connection, application_id, version, schema)
+            _migrate(connection, application_id, version, schema, upgrade)
         except BaseException:
             # The last to close a file writes its log into it; but what is refused stays as it is.
             log = Path(connection.filename_wal)
@@ -196,11 +197,12 @@ def _make_durable(connection: apsw.Connection, path: Path) -> None:
         raise StoreError(f"{path}: commits cannot be made durable there: name a file on a local disk")
 
 
-def _migrate(connection: apsw.Connection, application_id: int, version: int, schema: str) -> None:
+def _migrate(connection: apsw.Connection, application_id: int, version: int, schema: str, upgrade: str) -> None:
     if connection.pragma("user_version") == version:
         return
     with transaction(connection):
-        if connection.pragma("user_version") != version:
-            connection.execute(schema)
+        found = connection.pragma("user_version")
+        if found != version:
+            connection.execute(upgrade if found else schema)
             connection.pragma("application_id", application_id)
             connection.pragma("user_version", version)

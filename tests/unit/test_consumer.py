@@ -121,7 +121,9 @@ class Bench:
         """A body that this project's own producer cannot send, but another might."""
         (message_id,) = self.queues.post(REQUESTS, ["placeholder"])
         connection = apsw.Connection(str(self.path))
-        connection.execute("UPDATE messages SET body = ? WHERE place = (SELECT max(place) FROM messages)", (body,))
+        connection.execute(
+            "UPDATE messages SET body = ?, checksum = NULL WHERE place = (SELECT max(place) FROM messages)", (body,)
+        )
         connection.close()
         return message_id
 

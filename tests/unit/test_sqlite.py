@@ -23,6 +23,8 @@ NEVER_S = 40.0
 SOON_S = 10.0
 """Long before NEVER_S, and long enough for a busy machine."""
 
+VERSION_1 = sqlite.SCHEMA.replace(",\n    checksum INTEGER", "")
+
 POSTS_ON_DEMAND = """
 import sys
 from pathlib import Path
@@ -285,7 +287,7 @@ class TestBodies:
     def test_bytes_that_another_program_wrote_are_delivered_and_survive(self, path, queues, stored, body):
         queues.post("requests", ["placeholder"])
         with direct(path) as connection:
-            connection.execute("UPDATE messages SET body = ?", (stored,))
+            connection.execute("UPDATE messages SET body = ?, checksum = NULL", (stored,))
 
         assert queues.browse("requests").messages[0].body == body
         claim = queues.claim("requests", **HOLD, limit=1)
@@ -293,6 +295,29 @@ class TestBodies:
 
         queues.settle(claim, [Settlement(claim.messages[0], (Post("dead-letters", {"body": body}),))])
         assert bodies(queues.claim("dead-letters", **HOLD, limit=1)) == [{"body": body}]
+
+    @pytest.mark.parametrize(
+        ("stored", "text"),
+        [(b'{"a": 2}', '{"a": 2}'), (b'{"a": \xff}', '{"a": \udcff}'), (b"", ""), (b'{"a": 1} ', '{"a": 1} ')],
+        ids=repr,
+    )
+    def test_a_body_that_has_changed_since_it_was_posted_is_no_request(self, path, queues, stored, text):
+        queues.post("requests", [{"a": 1}, {"b": 1}])
+        with direct(path) as connection:
+            connection.execute("UPDATE messages SET body = ? WHERE place = 1", (stored,))
+
+        expected = [f"damaged in the queue file: {text}", {"b": 1}]
+        assert [message.body for message in queues.browse("requests").messages] == expected
+        assert bodies(queues.claim("requests", **HOLD, limit=2)) == expected
+
+    def test_a_file_of_version_1_is_upgraded_with_what_it_holds(self, path):
+        with closing(store.open_store(path, application_id=sqlite.APPLICATION_ID, version=1, schema=VERSION_1)) as old:
+            old.execute("INSERT INTO queues (name) VALUES ('requests')")
+            old.execute("INSERT INTO messages (queue, posted, body) VALUES (1, 0, ?)", (b'{"a": 1}',))
+
+        with SqliteQueues(path) as queues, SqliteQueues(path) as again:
+            queues.post("requests", [{"b": 1}])
+            assert bodies(again.claim("requests", **HOLD, limit=2)) == [{"a": 1}, {"b": 1}]
 
 
 class TestSyncing:
