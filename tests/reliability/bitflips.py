@@ -84,9 +84,11 @@ def flip_bits(scale: float) -> Result:
 
 def _classify(template: Template, became: Became) -> dict[str, int]:
     """Counts of files by what happened, and of requests."""
-    wrong = sum(digest(template.bodies.get(id_)) != posted for id_, posted in became.posted.items())
-    known = became.posted.keys() | became.dead | became.seen
-    missing = 0 if became.error or became.crash else len(template.bodies.keys() - known)
+    right = set(map(digest, template.bodies.values()))
+    wrong = sum(posted not in right for posted in became.posted.values())
+    told = right.intersection(became.posted.values())
+    others = (became.dead | became.seen) - became.posted.keys()
+    missing = 0 if became.error or became.crash else max(0, len(right) - len(told) - len(others))
     found = {"refused with exit 5": int(bool(became.error)), "files with dead letters": int(bool(became.dead))}
     found |= {"POSTed otherwise than posted": wrong}
     found |= {"files with vanished requests": int(missing > 0), "vanished requests": missing}
