@@ -147,12 +147,16 @@ def _create_private(path: Path) -> None:
 
 
 def _refuse_irregular(path: Path) -> None:
+    log = Path(f"{path.resolve()}-wal")
     try:
+        has_log = log.exists() and log.stat().st_size > 0  # before the look at the file: it may just be being made
         found = path.stat()
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}") from error
     if not stat.S_ISREG(found.st_mode):
         raise StoreError(f"{path}: is no regular file: name a file")
+    if found.st_size == 0 and has_log:  # SQLite would throw the log away
+        raise StoreError(f"{path}: is damaged, all but its log is missing: restore a copy, or move both away")
     if found.st_size == 1:  # SQLite would take it for an empty file
         raise StoreError(f"{path}: is no SQLite file: it was left as it is; name another file")
 

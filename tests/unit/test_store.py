@@ -249,6 +249,17 @@ def test_a_file_whose_last_page_is_cut_is_refused_and_left_as_it_is(path, missin
     assert fingerprints(path.parent) == before
 
 
+def test_an_empty_file_that_has_a_log_is_refused_and_left_as_it_is(path, tmp_path):
+    with open_store(tmp_path / "live"):
+        shutil.copy(tmp_path / "live-wal", f"{path}-wal")
+    path.touch()
+    before = fingerprints(path.parent)
+
+    with pytest.raises(StoreError, match="all but its log"):
+        open_store(path)
+    assert fingerprints(path.parent) == before
+
+
 def test_a_last_page_that_the_log_holds_whole_may_be_cut(path, tmp_path):
     with open_store(tmp_path / "live") as live:
         live.execute("INSERT INTO things VALUES ('kept')")
