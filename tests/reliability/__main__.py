@@ -42,6 +42,9 @@ LIMITS = """
 - A response can come twice where it is not in the same file as the request. `response_id` tells that it is the same.
 - After a power cut, the last claims, renewals and releases of the embedded queue may be as if they had never been: a
   message is then delivered again, and its receive not counted.
+- Bodies in the embedded queue's file have checksums, and so has its log (`-wal`); the rest of the file has none. Damage
+  there is mostly refused or seen, but it can make single messages vanish. Where the log is damaged, SQLite takes what
+  follows for never written: the latest messages are gone, and nothing tells it from a power cut.
 - A disk that says it has written what it has not, and a queue file on a network file system, can lose anything.
 - The live services of Rackspace and Amazon were not used: the tests run against Zaqar itself, and against a local SQS.
 """

@@ -29,6 +29,12 @@ FILED, LOGGED = 50, 20
 """Requests in the file itself, and in its log alone."""
 PAGE = 4096
 EXIT_STORE = 5
+REFUSED, LETTERS, HARMLESS = "refused with exit 5", "dead letters", "harmless"
+VANISHED = "requests vanished"
+CRASHED, CHANGED = "crashed", "POSTed otherwise than posted"
+BROKEN = (CRASHED, CHANGED)
+FIGURES = ("n", "by the consumer's script", REFUSED, LETTERS, HARMLESS, VANISHED, f"{VANISHED} (log)", *BROKEN)
+"""The last seven count damaged files."""
 PROMPTLY_S = 5.0
 MOST_CLAIMS = 100
 
@@ -51,8 +57,7 @@ class Became:
     """What became of a damaged file's requests. posted: digests of the bodies POSTed, by message id.
 
     dead: ids of those that became dead letters. error: why working it off ended, empty where it did not. seen: ids that
-    the queue still shows. crash: what ended it that is no error of ours. inspected: whether a check of the queue finds
-    the damage afterwards.
+    the queue still shows. crash: what ended it that is no error of ours.
     """
 
     posted: dict[str, str] = field(default_factory=dict)
@@ -60,57 +65,53 @@ class Became:
     error: str = ""
     seen: set[str] = field(default_factory=set)
     crash: str = ""
-    inspected: bool = False
 
 
-def flip_bits(scale: float) -> Result:
-    """Damage a copy, work it off, and compare what was POSTed with what had been posted."""
+def flip_bits(scale: float, bug: str = "") -> Result:
+    """Damage a copy, work it off, and compare what was POSTed with what had been posted.
+
+    bug: `unchecked`: messages without checksums.
+    """
     chance = random.Random(1)
-    figures: Counter[str] = Counter()
+    figures: Counter[str] = Counter(dict.fromkeys(FIGURES, 0))
     violations: list[str] = []
     work = [_flip] * scaled(FLIPS, scale) + [_cut] * scaled(CUTS, scale)
     with trial() as made, made.maker():
-        template = _template(made.queue)
+        template = _template(made.queue, is_checked=bug != "unchecked")
         for number, damage in enumerate(work):
             damaged, where = damage(template, chance)
             is_for_script = number % BY_SCRIPT_EVERY == 0
             became = _by_script(damaged, made) if is_for_script else _in_process(damaged, made.directory)
-            found = _classify(template, became)
-            figures.update(n=1, **{"by the consumer's script": int(is_for_script)})
-            figures.update(found)
-            violations += [f"{where}: {line}" for line in _broken(became, found)]
+            kinds = _kinds(template, became)
+            figures.update(["n", *["by the consumer's script"] * is_for_script])
+            figures.update(f"{kind} (log)" if kind == VANISHED and "log" in where else kind for kind in kinds)
+            violations += [f"{where}: {kind} {became.crash}" for kind in kinds if kind in BROKEN]
     return Result(dict(figures), violations)
 
 
-def _classify(template: Template, became: Became) -> dict[str, int]:
-    """Counts of files by what happened, and of requests."""
+def _kinds(template: Template, became: Became) -> list[str]:
+    """What happened to the file's requests, in the words of FIGURES and BROKEN."""
+    if became.crash:
+        return [CRASHED]
     right = set(map(digest, template.bodies.values()))
-    wrong = sum(posted not in right for posted in became.posted.values())
     told = right.intersection(became.posted.values())
     others = (became.dead | became.seen) - became.posted.keys()
-    missing = 0 if became.error or became.crash else max(0, len(right) - len(told) - len(others))
-    found = {"refused with exit 5": int(bool(became.error)), "files with dead letters": int(bool(became.dead))}
-    found |= {"POSTed otherwise than posted": wrong}
-    found |= {"files with vanished requests": int(missing > 0), "vanished requests": missing}
-    found |= {"of these files, found by a check": int(missing > 0 and became.inspected)}
-    found |= {"nothing seen": int(not (became.error or became.crash or became.dead or wrong or missing))}
-    return found
+    kinds = [REFUSED] if became.error else []
+    kinds += [LETTERS] if became.dead else []
+    kinds += [CHANGED] if not right.issuperset(became.posted.values()) else []
+    kinds += [VANISHED] if not became.error and len(told) + len(others) < len(right) else []
+    return kinds or [HARMLESS]
 
 
-def _broken(became: Became, found: dict[str, int]) -> list[str]:
-    lines = [became.crash] if became.crash else []
-    if found["POSTed otherwise than posted"]:
-        lines.append("a changed body was POSTed")
-    return lines
-
-
-def _template(path: Path) -> Template:
+def _template(path: Path, *, is_checked: bool = True) -> Template:
     bodies = [
         {"widget_id": id_, "note": f"{number:04d} " * 60} for number, id_ in enumerate(widget_ids(FILED + LOGGED))
     ]
     with SqliteQueues(path) as queues:
         ids = queues.post(REQUESTS, bodies[:FILED])
         queues.post(RESPONSES, [{"outcome": "created"}] * 10, ttl=3_600)
+        if not is_checked:
+            queues._connection.execute("UPDATE messages SET checksum = NULL")
         queues._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
         ids += queues.post(REQUESTS, bodies[FILED:])
         log = path.with_name(f"{path.name}-wal")
@@ -146,7 +147,6 @@ def _in_process(damaged: Template, directory: Path) -> Became:
         with SqliteQueues(path) as queues:
             _work_off(queues, became)
             became.seen = {message.id for message in queues.browse(REQUESTS, limit=1_000, claimed=True).messages}
-            became.inspected = _is_found(queues)
     except QueuesError as error:
         became.error = str(error)
     except Exception:
@@ -175,14 +175,6 @@ def _work_off(queues: SqliteQueues, became: Became) -> None:
     became.crash = "claims without end"
 
 
-def _is_found(queues: SqliteQueues) -> bool:
-    try:
-        queues.inspect(REQUESTS)
-    except QueuesError:
-        return True
-    return False
-
-
 def _by_script(damaged: Template, of: Trial) -> Became:
     """The consumer itself. One that waits for messages hidden by the damage is stopped."""
     became = Became()
@@ -205,8 +197,7 @@ def _by_script(damaged: Template, of: Trial) -> Became:
                 became.seen = {message.id for message in queues.browse(REQUESTS, limit=1_000, claimed=True).messages}
                 letters = queues.browse(DEAD_LETTERS, limit=1_000).messages
                 became.dead = {letter.body["request_id"] for letter in letters}
-                became.inspected = _is_found(queues)
-    return became
+        return became
 
 
 CAMPAIGNS = [

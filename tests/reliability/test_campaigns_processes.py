@@ -1,6 +1,6 @@
 """Small tiers of the campaigns with real processes, and proof that they bite."""
 
-from . import kills, soak, storage
+from . import bitflips, kills, soak, storage
 
 
 def test_consumers_are_killed() -> None:
@@ -43,3 +43,14 @@ def test_a_consumer_that_leaks_is_found_out() -> None:
     memory, descriptors = soak.soak(0.01, bug="leak").violations
     assert memory.startswith("memory grew")
     assert descriptors.startswith("open descriptors grew")
+
+
+def test_bits_flip_in_a_queue_file() -> None:
+    result = bitflips.flip_bits(0.04)
+    assert result.violations == []
+    assert result.figures["n"] == 100
+    assert all(int(result.figures[kind]) > 0 for kind in (bitflips.REFUSED, bitflips.LETTERS, bitflips.HARMLESS))
+
+
+def test_a_queue_without_checksums_is_found_out() -> None:
+    assert int(bitflips.flip_bits(0.04, bug="unchecked").figures[bitflips.CHANGED]) > 0
