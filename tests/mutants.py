@@ -1,4 +1,7 @@
-"""Plant each bug of mutants.toml in a copy of the project and see that the tests it names go red: `make mutants`."""
+"""Plant each bug of mutants.toml in a copy of the project and see that the tests it names go red: `make mutants`.
+
+Names given as arguments choose single bugs.
+"""
 
 import shutil
 import subprocess
@@ -13,6 +16,8 @@ TESTS_FAILED = 1
 
 def main() -> int:
     mutants = tomllib.loads((HERE / "tests" / "mutants.toml").read_text())
+    if chosen := sys.argv[1:]:
+        mutants = {name: mutants[name] for name in chosen}
     survivors = []
     for name, mutant in mutants.items():
         caught = _is_caught(mutant)
