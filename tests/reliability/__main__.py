@@ -10,12 +10,12 @@ from typing import Any
 
 import click
 
-from . import bitflips, calls, fuzz, hostile, kills, network, simulation, soak, storage
+from . import bitflips, calls, fuzz, hostile, kills, network, simulation, soak, stops, storage
 from .campaign import Campaign, Result
 
 CAMPAIGNS: list[Campaign] = [
     campaign
-    for module in (simulation, kills, calls, storage, bitflips, soak, network, fuzz, hostile)
+    for module in (simulation, kills, stops, calls, storage, bitflips, soak, network, fuzz, hostile)
     for campaign in module.CAMPAIGNS
 ]
 ROOT = Path(__file__).resolve().parent.parent.parent

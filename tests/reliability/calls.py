@@ -15,7 +15,7 @@ from typing import Any
 
 from .campaign import Campaign, Result
 from .recorded import Plan
-from .trial import CLAIM_TTL, Trial, add, mixed_bodies, side_by_side, trial, widget_ids
+from .trial import CLAIM_TTL, Trial, add, mixed_bodies, own_widgets, side_by_side, trial, widget_ids
 
 MISSING = Result({"n": 0, "note": "not run: strace is missing (apt-get install strace)"})
 WRITES = ("pwrite64", "fdatasync", "ftruncate", "unlink", "fallocate")
@@ -78,7 +78,7 @@ def _kill_at(of: Trial, role: str, thread: str, call: str, number: int) -> tuple
         code, _ = _cycle(made, of, role, "-e", inject, "-o", "/dev/null", only=thread)
         made.deaths += code == -9
         broken = [] if code in (0, -9) else [f"exit code {code}"]
-        counts, violations = made.check(widgets=_own_widgets(made, of))
+        counts, violations = made.check(widgets=own_widgets(made, of))
         return code, counts, broken + violations
 
 
@@ -90,7 +90,7 @@ def _fail_at(of: Trial, role: str, call: str, error: str, number: str) -> tuple[
         broken += (
             ["a traceback"] if any("Traceback" in path.read_text() for path in made.directory.glob("*.err")) else []
         )
-        counts, violations = made.check(widgets=_own_widgets(made, of))
+        counts, violations = made.check(widgets=own_widgets(made, of))
         return code, counts, broken + violations
 
 
@@ -134,11 +134,6 @@ def _attached(number: int, words: Sequence[str]) -> Iterator[None]:
         assert "attached" in said, said
         yield
         strace.terminate()
-
-
-def _own_widgets(made: Trial, of: Trial) -> list[str]:
-    own = {body["widget_id"] for body in made.acknowledged.values() if isinstance(body, dict)}
-    return [id_ for id_ in of.widgets() if id_ in own]
 
 
 CAMPAIGNS = [

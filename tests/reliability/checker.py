@@ -26,6 +26,7 @@ class Evidence:
     attempted: the bodies that were to be posted. acknowledged: those that a producer reported, by message id.
     histories: the events of each process, in order. widgets: the maker's ids. queued, responses, dead_letters:
     bodies by message id. cuts: store milliseconds of the power cuts, which end all claims.
+    resumed: store milliseconds just before a process that stood still was let go on.
     deaths: processes killed, each of which may have claimed what nobody read.
     """
 
@@ -37,6 +38,7 @@ class Evidence:
     responses: dict[str, Any] = field(default_factory=dict)
     dead_letters: dict[str, Any] = field(default_factory=dict)
     cuts: list[int] = field(default_factory=list)
+    resumed: list[int] = field(default_factory=list)
     deaths: int = 0
 
 
@@ -64,6 +66,7 @@ class _Told:
     outcomes: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     made_new: Counter[str] = field(default_factory=Counter)
     deleted: Counter[str] = field(default_factory=Counter)
+    late: int = 0
     violations: list[str] = field(default_factory=list)
 
 
@@ -71,8 +74,10 @@ def check(evidence: Evidence) -> tuple[dict[str, int], list[str]]:
     """The counts of the run, and one line for each invariant that it broke."""
     told = _Told()
     for history in evidence.histories:
-        _Reader(told).read(history)
+        _Reader(told, evidence.resumed).read(history)
     counts, conservation = _conservation(evidence, told)
+    if evidence.resumed:
+        counts["late POSTs"] = told.late
     violations = [*told.violations, *conservation, *_claims(evidence, told), *_receives(evidence, told)]
     return counts, violations + _maker(evidence, told) + _responses(evidence, told)
 
@@ -91,8 +96,10 @@ def name(body: Any) -> str:
 class _Reader:
     """Reads one process's history into what all of them tell."""
 
-    def __init__(self, told: _Told) -> None:
+    def __init__(self, told: _Told, resumed: list[int]) -> None:
         self._told = told
+        self._resumed = resumed
+        self._looked: dict[str, int] = {}
         self._holds: dict[tuple[str, str], Hold] = {}
         self._letting_go: dict[tuple[str, str], int] = {}
         self._answered: dict[str, set[str | None]] = defaultdict(set)
@@ -118,13 +125,21 @@ class _Reader:
         for id_ in event["messages"]:
             self._holds[event["claim"], id_].until = event["until"]
 
+    def _look_ok(self, event: Event) -> None:
+        self._looked[event["message"]] = event["at"]
+
     def _post_invoke(self, event: Event) -> None:
         for id_, found in event["requests"]:
             self._told.deliveries[id_] += 1
             self._told.digests[id_].add(found)
             until = max((hold.until for (_, held), hold in self._holds.items() if held == id_), default=0)
-            if until - event["at"] < self._needs:
-                left = until - event["at"]
+            left, looked = until - event["at"], self._looked.get(id_, event["at"])
+            if left >= self._needs:
+                continue
+            # What stands still between its look at the claim and its POST cannot know better.
+            if any(looked < resumed <= event["at"] for resumed in self._resumed):
+                self._told.late += 1
+            else:
                 self._told.violations.append(f"K6 {id_}: a POST began with {left} ms of its claim left")
 
     def _post_ok(self, event: Event) -> None:

@@ -107,16 +107,15 @@ def fail_at_steps(scale: float, steps: tuple[str, ...] = tuple(STEPS), bug: str 
 
 def _fail_at(step: str, kills: int, bug: str) -> tuple[int, dict[str, int], list[str]]:
     chance = random.Random(step)
-    options = ["--latency", 0.03] if step in ("k5", "k13") else []
-    options += ["--latency", 0.5] if step.startswith("k11") else []
-    options += ["--fail-rate", 0.4] if step.startswith("k12") else []
-    most = 3 if step in ("k3", "k4", "k5", "k6", "k7") else 1
+    options = maker_options(step)
     with trial() as made:
         with made.maker(*options):
             for _ in range(kills):
                 made.post([*mixed_bodies(7, chance.randrange(10**6)), ["no request", len(made.attempted)]])
                 run = made.consumer(
-                    "--slots", 3, plan=Plan(claim_ttl=CLAIM_TTL, kill=(step, chance.randint(1, most)), bug=bug)
+                    "--slots",
+                    3,
+                    plan=Plan(claim_ttl=CLAIM_TTL, kill=(step, chance.randint(1, most_hits(step))), bug=bug),
                 )
                 code = _until_dead(made, run)
                 made.deaths += 1
@@ -128,6 +127,20 @@ def _fail_at(step: str, kills: int, bug: str) -> tuple[int, dict[str, int], list
             with made.maker():
                 made.drain(seconds=300)
         return (kills, *made.check())
+
+
+def maker_options(step: str) -> list[object]:
+    """The faults without which a consumer does not get to the step, or not for long."""
+    if step.startswith("k11"):
+        return ["--latency", 0.5]
+    if step.startswith("k12"):
+        return ["--fail-rate", 0.4]
+    return ["--latency", 0.03] if step in ("k5", "k13") else []
+
+
+def most_hits(step: str) -> int:
+    """How often a consumer gets to the step with a few messages."""
+    return 3 if step in ("k3-look", "k3", "k4", "k5", "k6", "k7") else 1
 
 
 def _until_dead(made: Trial, run: Run) -> int | None:

@@ -1,4 +1,4 @@
-"""Run one of the scripts in this process as a campaign wants it: what it does is written down, and it dies on cue.
+"""Run one of the scripts in this process as a campaign wants it: what it does is written down, and it ends on cue.
 
 The product knows nothing of this: its methods are wrapped from outside, before the script's own `main` is called.
 An event is one JSON line, written by one write(2) into a file opened for appending, so that a SIGKILL tears at most
@@ -38,21 +38,27 @@ STEPS = {
     "k1-open": "the claim is not committed yet",
     "k1": "the claim is committed, its answer not read",
     "k2": "the answer is read, the receive not counted",
-    "k3": "counted, the POST not begun",
+    "k3-look": "counted, not looked yet whether the claim still holds",
+    "k3": "the claim holds, the POST not begun",
     "k4": "half of the request is sent",
     "k5": "the request is sent, the maker has not committed",
     "k6": "the answer has come and is not read",
     "k7": "the answer is read, no response posted",
+    "k8-asked": "the settlement is asked for, its transaction not begun",
     "k8": "the response is posted and the delete done, neither committed",
     "k9": "the settlement is committed, its answer not read",
     "k10": "the dead letter is posted, not committed",
+    "k11-asked": "a renewal is asked for, its transaction not begun",
     "k11-open": "a renewal is not committed yet",
     "k11": "a renewal is committed, its answer not read",
+    "k12-asked": "a release is asked for, its transaction not begun",
     "k12-open": "a release is not committed yet",
     "k12": "a release is committed, its answer not read",
     "k13": "while it gives back after SIGTERM",
 }
 SHORT_SAFETY_S, SHORT_SPARE_S = 0.1, 0.1
+POISON = "kills its consumer"
+"""The note of a request that does so."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,10 @@ class Plan:
 
     history: the file for its events; None: the script as it is, without any wrapping.
     claim_ttl: seconds, shorter than the script takes, with all that hangs on it as short; 0 leaves them alone.
-    kill: a step of STEPS and the how many-th time it is reached.
-    bug: planted, to see that a campaign bites: `unsynced` (no sync is made), `delete-first`, or `leak` (of memory and
-    descriptors).
+    kill: a step of STEPS and the how many-th time it is reached. stops: it only stops there, until a SIGCONT.
+    poison: where a request whose note is POISON kills its consumer: at its "POST", or once it is "answered".
+    clock_ahead: seconds by which its queue's clock is ahead; claims of processes that died are over the sooner.
+    bug: planted, to see that a campaign bites; see _plant() and RecordedQueues.
     post_batch: bodies in one transaction of the producer; 0 leaves it alone.
     gate: a pipe; before the queue is opened (gate_at "open") or once all threads stand and nothing is claimed yet
     ("claim"), (pid, thread ids by name) is sent through it and an answer waited for.
@@ -72,6 +79,9 @@ class Plan:
     history: Path | None = None
     claim_ttl: int = 0
     kill: tuple[str, int] | None = None
+    stops: bool = False
+    poison: str = ""
+    clock_ahead: int = 0
     bug: str = ""
     post_batch: int = 0
     gate: Any = None
@@ -91,14 +101,42 @@ def run(script: str, options: Sequence[object], plan: Plan, out: Path, err: Path
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(descriptor, number)
         os.close(descriptor)
-    if plan.bug == "unsynced":
-        claim_queues.store.SYNC = lambda descriptor: None
-    if plan.bug == "leak":
-        _leak()
+    _plant(plan.bug)
     if plan.history is not None:
         _Recorder(plan, plan.history).wrap()
     sys.argv = [script, *map(str, options)]
     importlib.import_module(script).main()
+
+
+def _plant(bug: str) -> None:
+    consumer, counts = widget_consumer.Consumer, receive_counts.ReceiveCounts
+    match bug:
+        case "unsynced":
+            claim_queues.store.SYNC = lambda descriptor: None
+        case "leak":
+            _leak()
+        case "lingers":
+            stop = consumer.stop
+            consumer.stop = lambda self: (time.sleep(10), stop(self))
+        case "abandons":
+            consumer.stop = _abandon
+        case "no-look":
+            claim_queues.keeper.Keeper.holds = lambda *given: True
+        case "no-fence":
+            claim_queues.sqlite.HELD_BY_CLAIM = claim_queues.sqlite.IN_PLACES
+        case "never-excuses":
+            counts.excuse = lambda *given: None
+        case "never-charges":
+            counts.charge = lambda *given: None
+        case "no-trial":
+            consumer._put_on_trial = lambda self: None
+
+
+def _abandon(consumer: Any) -> None:
+    """Give all back at once, what is being POSTed too."""
+    for held in list(consumer._keeper._claims.values()):
+        consumer._queues.release(held.claim)
+    os._exit(0)
 
 
 def _leak() -> None:
@@ -138,6 +176,13 @@ class _Recorder:
 
     def hit(self, step: str) -> None:
         if self.due(step):
+            self.end()
+
+    def end(self) -> None:
+        """Die, or stand still until somebody lets this process go on."""
+        if self.plan.stops:
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread at once, and with it all others
+        else:
             die()
 
     def wait_at(self, place: str) -> None:
@@ -147,7 +192,7 @@ class _Recorder:
             self.plan.gate.recv()
 
     def clock(self) -> float:
-        now = time.time()
+        now = time.time() + self.plan.clock_ahead
         self.here.at = int(now * 1000)
         return now
 
@@ -156,10 +201,14 @@ class _Recorder:
         """The time that this thread's last transaction read."""
         return self.here.at
 
+    def now_ms(self) -> int:
+        return int((time.time() + self.plan.clock_ahead) * 1000)
+
     def wrap(self) -> None:
         self._shorten()
         self._wrap_queues()
         self._wrap_transactions()
+        self._wrap_looks()
         self._wrap_posts()
         self._wrap_consumer()
 
@@ -188,8 +237,9 @@ class _Recorder:
 
             def claim(self, queue: str, *, ttl: int, grace: int, limit: int, wait: float = 0) -> Claim | None:
                 recorder.hit("k0")
+                stretched = ttl * 2 if recorder.plan.bug == "long-claims" else ttl
                 with recorder.doing("claim"):
-                    claim = super().claim(queue, ttl=ttl, grace=grace, limit=limit, wait=wait)
+                    claim = super().claim(queue, ttl=stretched, grace=grace, limit=limit, wait=wait)
                 if claim is None:
                     return None
                 at = recorder.at
@@ -201,6 +251,7 @@ class _Recorder:
                 return claim
 
             def renew(self, claim: Claim, *, ttl: int, messages: Collection[Message] | None = None) -> None:
+                recorder.hit("k11-asked")
                 with recorder.doing("renew"):
                     super().renew(claim, ttl=ttl, messages=messages)
                 at = recorder.at
@@ -211,7 +262,8 @@ class _Recorder:
 
             def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
                 said = [[found.message.id, *outcome(found)] for found in settlements]
-                recorder.write("settle", "invoke", claim=claim.id, at=now_ms(), messages=said)
+                recorder.write("settle", "invoke", claim=claim.id, at=recorder.now_ms(), messages=said)
+                recorder.hit("k8-asked")
                 with recorder.doing("settle", letters=any(dead for _, _, dead in said)):
                     settled = super().settle(claim, settlements)
                 at = recorder.at
@@ -223,7 +275,10 @@ class _Recorder:
 
             def release(self, claim: Claim, messages: Collection[Message] | None = None, *, delay: float = 0) -> None:
                 found = ids(claim, messages)
-                recorder.write("release", "invoke", claim=claim.id, at=now_ms(), messages=found)
+                recorder.write("release", "invoke", claim=claim.id, at=recorder.now_ms(), messages=found)
+                recorder.hit("k12-asked")
+                if recorder.plan.bug == "keeps":
+                    return
                 with recorder.doing("release"):
                     super().release(claim, messages, delay=delay)
                 at = recorder.at
@@ -261,6 +316,19 @@ class _Recorder:
         if self.stopping and operation in ("settle", "release"):
             self.hit("k13")
 
+    def _wrap_looks(self) -> None:
+        holds = claim_queues.keeper.Keeper.holds
+
+        def recorded_holds(keeper: Any, held: Any, seconds: float) -> bool:
+            self.hit("k3-look")
+            at = self.now_ms()
+            is_held = holds(keeper, held, seconds)
+            if is_held and self.plan.stops:
+                self.write("look", "ok", message=held.message.id, at=at)
+            return is_held
+
+        claim_queues.keeper.Keeper.holds = recorded_holds
+
     def _wrap_posts(self) -> None:
         connection = delivery.Connection
         post, post_batch, open_ = connection.post, connection.post_batch, connection._open
@@ -270,18 +338,20 @@ class _Recorder:
             message = headers["Idempotency-Key"]
             recorder.before_post([(message, request)])
             answer = post(self, request, headers)
+            recorder.die_of([request], "answered")
             recorder.hit("k7")
-            recorder.write("post", "ok", answers=[[message, answer.outcome, answer.status]], at=now_ms())
+            recorder.write("post", "ok", answers=[[message, answer.outcome, answer.status]], at=recorder.now_ms())
             recorder.after_post()
             return answer
 
         def recorded_batch(self: Any, deliveries: Sequence[Any]) -> Any:
             recorder.before_post([(found.id, found.held.message.body) for found in deliveries])
             whole = post_batch(self, deliveries)
+            recorder.die_of([found.held.message.body for found in deliveries], "answered")
             recorder.hit("k7")
             answers = [(found.id, whole or found.answer) for found in deliveries]
             told = [[id_, answer.outcome, answer.status] for id_, answer in answers]
-            recorder.write("post", "ok", answers=told, at=now_ms())
+            recorder.write("post", "ok", answers=told, at=recorder.now_ms())
             recorder.after_post()
             return whole
 
@@ -297,7 +367,12 @@ class _Recorder:
 
     def before_post(self, requests: list[tuple[str, Any]]) -> None:
         self.hit("k3")
-        self.write("post", "invoke", at=now_ms(), requests=[[id_, digest(body)] for id_, body in requests])
+        self.write("post", "invoke", at=self.now_ms(), requests=[[id_, digest(body)] for id_, body in requests])
+        self.die_of([body for _, body in requests], "POST")
+
+    def die_of(self, requests: Sequence[Any], place: str) -> None:
+        if self.plan.poison == place and any(request.get("note") == POISON for request in requests):
+            die()
 
     def after_post(self) -> None:
         self._posted += 1
@@ -335,24 +410,22 @@ class _CutSocket:
 
     def sendall(self, data: bytes) -> None:
         if self._recorder.due("k4"):
-            self._real.sendall(data[: len(data) // 2])
-            die()
+            half = len(data) // 2
+            self._real.sendall(data[:half])
+            self._recorder.end()
+            data = data[half:]
         self._real.sendall(data)
         self._recorder.hit("k5")
 
     def recv(self, size: int) -> bytes:
         if self._recorder.due("k6"):
             select.select([self._real], [], [])
-            die()
+            self._recorder.end()
         return self._real.recv(size)
 
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def now_ms() -> int:
-    return int(time.time() * 1000)
 
 
 def ids(claim: Claim, messages: Collection[Message] | None) -> list[str]:

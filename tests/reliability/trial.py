@@ -4,6 +4,7 @@ Consumers and producers are forked off a process that has imported them already 
 that a campaign can afford thousands; the maker is started as a user would start it.
 """
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -56,11 +57,14 @@ def start_forks(**environment: str) -> None:
 
 
 class Run:
-    """One script as a process. out, err: files of what it wrote. seconds: how long it ran, once waited for."""
+    """One script as a process.
+
+    out, err, history: files of what it wrote, and of its events. seconds: how long it ran, once waited for.
+    """
 
     def __init__(self, script: str, options: Sequence[object], plan: Plan, out: Path, err: Path) -> None:
         self.out, self.err = out, err
-        self._history = plan.history
+        self.history = plan.history or out.with_suffix(".jsonl")
         self.seconds = 0.0
         for path in (out, err):
             path.touch()
@@ -83,9 +87,7 @@ class Run:
 
     def wait_for_events(self) -> None:
         """Wait until it is about to claim, or has ended."""
-        history = self._history
-        assert history is not None
-        wait_until(lambda: (history.exists() and history.stat().st_size) or not self.is_running)
+        wait_until(lambda: (self.history.exists() and self.history.stat().st_size) or not self.is_running)
 
     def signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
@@ -120,12 +122,12 @@ class Trial:
         self.cuts: list[int] = []
         self._producers: list[tuple[Run, list[str]]] = []
         self._runs: list[Run] = []
-        self._number = 0
+        self.resumed: list[int] = []
+        self._numbers = itertools.count(1)
 
     def path(self, kind: str) -> Path:
         """A new file name in the trial's directory."""
-        self._number += 1
-        return self.directory / f"{self._number:05d}.{kind}"
+        return self.directory / f"{next(self._numbers):05d}.{kind}"
 
     def post(self, bodies: Sequence[Any], *, ttl: int | None = None) -> list[str]:
         """Post bodies that no producer would."""
@@ -207,6 +209,7 @@ class Trial:
             responses=found[RESPONSES],
             dead_letters=found[DEAD_LETTERS],
             cuts=self.cuts,
+            resumed=self.resumed,
             **({"widgets": self.widgets(), "deaths": self.deaths} | more),
         )
 
@@ -223,6 +226,12 @@ class Trial:
             return []
         with closing(apsw.Connection(str(self.database))) as file:
             return [id_ for (id_,) in file.execute("SELECT id FROM widget")]
+
+
+def own_widgets(made: Trial, of: Trial) -> list[str]:
+    """The widgets of this trial's requests, where the maker is another trial's."""
+    own = {body["widget_id"] for body in made.acknowledged.values() if isinstance(body, dict)}
+    return [id_ for id_ in of.widgets() if id_ in own]
 
 
 def _children(pid: int) -> list[int]:
