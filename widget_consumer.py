@@ -132,6 +132,8 @@ class Consumer:
         self._has_work = threading.Condition(self._lock)  # the slots wait for it
         self._has_room = threading.Condition(self._lock)  # the claiming thread waits for it
         self._waiting: deque[Delivery] = deque()
+        self._trials: deque[Delivery] = deque()  # they wait for each other too
+        self._tried: Delivery | None = None
         self._posting = self._idle_slots = 0
         self._asking_since: float | None = None  # the queue service, by the claiming thread
         self._most_in_a_post = settings.post_batch
@@ -186,7 +188,7 @@ class Consumer:
             return {
                 "claims": self._keeper.count_claims(),
                 "held": self._keeper.count(),
-                "waiting": len(self._waiting),
+                "waiting": len(self._waiting) + len(self._trials),
                 "posting": self._posting,
                 "busy_slots": self._settings.slots - self._idle_slots,
                 "breaker_open": int(self._breaker.is_open),
@@ -236,7 +238,7 @@ class Consumer:
                 if self._breaker.is_open:
                     if now >= self._hopeless_at():
                         raise MakerMisconfigured(f"{self._maker.url}: {self._reported}; the queue is as it was")
-                    busy = bool(self._waiting or self._posting)
+                    busy = bool(self._waiting or self._trials or self._posting)
                     if not busy and now >= self._breaker.next_probe_at:
                         return self._probe
                     self._has_room.wait(None if busy else min(self._breaker.next_probe_at, self._hopeless_at()) - now)
@@ -265,7 +267,7 @@ class Consumer:
     def _is_clogged(self) -> bool:
         """Whether too many messages are held that nothing can be done with now."""
         most = MOST_BACKOFFS_PER_SLOT * self._settings.slots
-        if self._keeper.backing_off() > most:
+        if self._keeper.backing_off() + len(self._trials) > most:
             return True
         return self._keeper.settling() > most + MOST_CLAIMS_UNSETTLED * self._settings.claim_limit
 
@@ -330,10 +332,10 @@ class Consumer:
             self._has_work.notify()
 
     def _put_on_trial(self) -> None:
-        """Charge what was received often only when its POST starts.
+        """Charge what was received often only when its POST starts, and POST such messages one at a time.
 
-        A message that kills its consumer takes the others of its claim along, time after time; only its own POSTs
-        must count.
+        A message that kills its consumer takes the others along that are claimed, or being POSTed, time after time;
+        only its own POSTs must count.
         """
         often = self._settings.max_receives // 2
         tried = [found for found in self._waiting if found.receives.charged > often and not found.on_trial]
@@ -342,6 +344,9 @@ class Consumer:
                 self._counts.excuse([delivery.id for delivery in tried])
         for delivery in tried:
             delivery.on_trial = True
+            if often:  # else all would be POSTed one at a time
+                self._waiting.remove(delivery)
+                self._trials.append(delivery)
 
     def _count(self, found: list[Held]) -> list[Receives]:
         try:
@@ -368,20 +373,35 @@ class Consumer:
         """Wait for one message, or some that go together; none once the consumer stops."""
         with self._lock:
             self._idle_slots += 1
-            self._has_work.wait_for(lambda: self._waiting or self._stopping)
+            self._has_work.wait_for(lambda: self._may_post() or self._stopping)
             if self._stopping:
                 return []
             self._idle_slots -= 1
             had_enough = self._has_enough()
-            batch = [self._waiting.popleft()]
+            if self._trials and self._tried is None:
+                self._tried = self._trials.popleft()
+                batch = [self._tried]
+            else:
+                batch = [self._waiting.popleft()]
             while self._waiting and len(batch) < self._most_in_a_post and batch[0].joins(self._waiting[0]):
                 batch.append(self._waiting.popleft())
             self._posting += len(batch)
-            if self._waiting:
+            if self._may_post():
                 self._has_work.notify()  # one slot wakes the next: all at once would only queue for the lock
             if had_enough and not self._has_enough():
                 self._has_room.notify()
             return batch
+
+    def _may_post(self) -> bool:
+        return bool(self._waiting or (self._trials and self._tried is None))
+
+    def _end_trial(self, ended: Collection[Held]) -> None:
+        """Let the next one on trial be POSTed: until then, the death of this process would count against both."""
+        if self._tried is not None:
+            with self._lock:
+                if self._tried is not None and self._tried.held in ended:
+                    self._tried = None
+                    self._has_work.notify()
 
     def _is_ready(self, delivery: Delivery) -> bool:
         """Whether its claim is surely held for a POST; if not, the message is another's, or goes back."""
@@ -393,6 +413,7 @@ class Consumer:
             return True
         with self._lock:
             self._posting -= 1
+            self._end_trial([delivery.held])
             if not delivery.held.lost:
                 self._excuse([delivery])
             self._has_room.notify()
@@ -444,6 +465,7 @@ class Consumer:
             self._posting -= 1
             was_open = self._breaker.is_open
             if answer.outcome is None:
+                self._end_trial([delivery.held])
                 self._act_on(self._breaker.failed(delivery, probe=delivery.probe, guilty=guilty))
             else:
                 log.info(answer.outcome, **delivery.fields(), outcome=answer.outcome, reason=answer.reason or None)
@@ -526,7 +548,8 @@ class Consumer:
         return backoff(attempt, base_s=BACKOFF_BASE_S, longest_s=longest_s, uniform=self._uniform)
 
     def _take_waiting(self) -> list[Delivery]:
-        waiting = list(self._waiting)
+        waiting = [*self._trials, *self._waiting]
+        self._trials.clear()
         self._waiting.clear()
         return waiting
 
@@ -558,6 +581,7 @@ class Consumer:
     # What the keeper tells (KeeperEvents)
 
     def messages_ended(self, ended: list[Held], end: End) -> None:
+        self._end_trial(ended)
         ids = [held.message.id for held in ended]
         if end is End.SETTLED:
             with self._counts_written():
@@ -568,6 +592,7 @@ class Consumer:
                 log.warning("claim lost: another consumer gets the message", message=id_)
 
     def message_refused(self, held: Held, error: MessageRefused) -> None:
+        self._end_trial([held])
         log.error("no queue takes the outcome: the message stays queued", message=held.message.id, reason=str(error))
 
     def service_failed(self, error: Exception) -> None:
