@@ -407,7 +407,8 @@ class Consumer:
         """Whether its claim is surely held for a POST; if not, the message is another's, or goes back."""
         if delivery.alone:  # before the look at the claim: this may take as long as a POST
             delivery.well_before = self._maker.is_healthy()
-        if self._keeper.holds(delivery.held, self._maker.deadline_s + POST_SPARE_S):
+        # A stop may wait for one POST's deadline, not for a look at /healthz beside it.
+        if not self._stopping and self._keeper.holds(delivery.held, self._maker.deadline_s + POST_SPARE_S):
             if delivery.on_trial:
                 self._charge(delivery)
             return True
@@ -425,7 +426,8 @@ class Consumer:
         started = time.monotonic()
         delivery.answer = connection.post(delivery.held.message.body, headers)
         seconds = time.monotonic() - started
-        guilty = delivery.well_before and delivery.failure is not None and self._maker.is_healthy()
+        proves = delivery.well_before and delivery.failure is not None and not self._stopping
+        guilty = proves and self._maker.is_healthy()
         with self._lock:
             self.post_times.add(seconds)
         self._conclude(delivery, guilty=guilty, seconds=seconds)

@@ -642,6 +642,50 @@ def test_the_look_at_healthz_takes_nothing_from_the_time_that_the_claim_is_held_
     assert all(before == "holds" for before, step in pairwise(steps) if step == "POST")
 
 
+def test_a_stop_during_the_look_at_healthz_is_not_followed_by_a_post(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both may take their time, and a stop is promised within that of one POST."""
+    (id_,) = bench.post(A)
+    bench.maker.answer = lambda request: DOWN
+    looking, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(Maker, "is_healthy", lambda *args: looking.set() or go_on.wait(30))
+    with bench.consuming() as running:
+        assert looking.wait(30)
+        posted = len(bench.maker.requests)
+        running.consumer.stop()
+        go_on.set()
+        wait_until(lambda: running.ended)
+
+    assert len(bench.maker.requests) == posted
+    assert (bench.left.free, bench.charged([id_])) == (1, 0)
+
+
+def test_a_stop_during_a_post_is_not_followed_by_a_look_at_healthz(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (id_,) = bench.post(A)
+    looks: list[None] = []
+    monkeypatch.setattr(Maker, "is_healthy", lambda *args: looks.append(None) or True)
+    posting, go_on = threading.Event(), threading.Event()
+
+    def answer(request: Request) -> Reply:
+        if looks:
+            posting.set()
+            go_on.wait(30)
+        return DOWN
+
+    bench.maker.answer = answer
+    with bench.consuming() as running:
+        assert posting.wait(30)
+        running.consumer.stop()
+        go_on.set()
+        wait_until(lambda: running.ended)
+
+    assert len(looks) == 1
+    assert (bench.left.free, bench.charged([id_])) == (1, 0)
+
+
 def test_two_bad_messages_at_the_head_do_not_starve_a_good_one(bench: Bench) -> None:
     bench.post(A, B, C)
     bench.maker.answer, bench.maker.health = only_for(bench.maker, {A, B}, DOWN), DOWN
