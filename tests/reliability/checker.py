@@ -159,10 +159,11 @@ class _Reader:
         for id_ in event["deleted"] + event["lost"]:
             self._letting_go.pop((event["claim"], id_), None)
         for id_ in event["deleted"]:
-            hold = self._holds.pop((event["claim"], id_))
-            if event["at"] >= hold.until:
+            hold = self._holds.pop((event["claim"], id_), None)
+            if hold is None or event["at"] >= hold.until:
                 self._told.violations.append(f"K4 {id_}: deleted by a claim that was over")
-            hold.let_go = event["at"]
+            if hold:
+                hold.let_go = event["at"]
         self._told.deleted.update(event["deleted"])
 
     def _release_invoke(self, event: Event) -> None:

@@ -108,31 +108,28 @@ class Stops:
             self.violations.append(f"{left} messages are not free at once")
 
 
-def stop_consumers(scale: float, bug: str = "") -> Result:
+def stop_consumers(scale: float) -> Result:
     """SIGTERM at random times: to consumers of a busy queue, and to consumers whose maker never answers."""
-    loaded, hanging = Stops(backoffs=False), Stops(backoffs=True)
-    counts = _stop_loaded(loaded, scaled(150, scale), bug)
-    cases = range(scaled(50, scale))
-    side_by_side(lambda number: _stop_hanging(hanging, number, bug), cases, 8)
-    times = statistics.quantiles(loaded.seconds, n=100, method="inclusive") if len(loaded.seconds) > 1 else [0.0] * 99
+    busy, hanging = Stops(backoffs=False), Stops(backoffs=True)
+    counts = stop_busy(busy, scaled(150, scale))
+    longest = 15 if scale >= 1 else 5
+    side_by_side(lambda number: stop_hanging(hanging, number, longest), range(scaled(50, scale)), 8)
+    times = statistics.quantiles(busy.seconds, n=100, method="inclusive")
     figures: dict[str, Any] = {
-        "n": len(loaded.seconds) + len(hanging.seconds),
-        "not free at once": loaded.held + hanging.held,
+        "n": len(busy.seconds) + len(hanging.seconds),
+        "not free at once": busy.held + hanging.held,
         "POSTed twice": counts.pop("duplicated"),
         "exit p50 s": round(times[49], 2),
         "exit p99 s": round(times[98], 2),
-        "exit p100 s": round(max(loaded.seconds), 2),
-        f"with a silent maker and a deadline of {HANGING_S} s: n": len(hanging.seconds),
+        "exit p100 s": round(max(busy.seconds), 2),
+        f"with a silent maker and a deadline of {HANGING_S} s n": len(hanging.seconds),
         "its exit p100 s": round(max(hanging.seconds), 2),
     }
-    violations = loaded.violations + [f"silent maker: {line}" for line in hanging.violations]
-    if figures["POSTed twice"]:
-        violations.append(f"{figures['POSTed twice']} messages POSTed again because of a stop")
-    return Result(figures | counts, violations)
+    return Result(figures | counts, busy.violations + [f"silent maker: {line}" for line in hanging.violations])
 
 
-def _stop_loaded(stops: Stops, each: int, bug: str) -> dict[str, int]:
-    """Three consumers on one file, stopped again and again, with the claim TTL and all waits as users have them."""
+def stop_busy(stops: Stops, each: int, bug: str = "") -> dict[str, int]:
+    """Three consumers on one file, each stopped so many times, with the claim TTL and all waits as users have them."""
     with trial() as made:
 
         def lane(kind: Sequence[object]) -> None:
@@ -152,17 +149,22 @@ def _stop_loaded(stops: Stops, each: int, bug: str) -> dict[str, int]:
             with made.maker():
                 made.drain("--post-batch", 20, seconds=REAL_CLAIM_TTL)
         counts, violations = made.check()
+        if again := counts["duplicated"]:
+            violations.append(f"{again} messages POSTed again because of a stop")
         stops.violations += violations
         return counts
 
 
-def _stop_hanging(stops: Stops, number: int, bug: str) -> None:
-    """One message is tried again and again by itself, with looks at /healthz; of many, the next one each time."""
+def stop_hanging(stops: Stops, number: int, longest: float, bug: str = "") -> None:
+    """One message is tried again and again by itself, with looks at /healthz; of many, the next one each time.
+
+    longest: seconds before the stop.
+    """
     with trial() as made, silent_maker(made):
         made.post([{"widget_id": id_} for id_ in widget_ids(40 if number % 4 == 3 else 1)])
         run = made.consumer("--deadline", HANGING_S, plan=Plan(bug=bug))
         run.wait_for_events()
-        time.sleep(random.Random(number).uniform(0, 15))
+        time.sleep(random.Random(number).uniform(0, longest))
         stops.stop(made, run, HANGING_S)
         stops.violations += made.check()[1]
 
@@ -330,12 +332,12 @@ def _recover(claim_ttl: int, deadline: float, bug: str, number: int) -> tuple[li
 MOST_RECEIVES = 5
 
 
-def outage(scale: float, bug: str = "") -> Result:
+def outage(scale: float, ways: Sequence[str] = ("gone", "hanging"), bug: str = "") -> Result:
     """The maker is away for 10 claim TTLs, while consumers of each kind run and requests wait: gone, or hanging."""
     requests, ttls = scaled(10_000, scale, 100), scaled(10, scale, 2)
     figures: dict[str, Any] = {"n": 0, "claim TTLs": ttls}
     violations: list[str] = []
-    for how in ("gone", "hanging"):
+    for how in ways:
         counts, broken = _outage(how, requests, ttls, bug)
         add(figures, {"n": requests})
         for key, value in counts.items():
