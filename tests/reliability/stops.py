@@ -172,8 +172,6 @@ def stop_hanging(stops: Stops, number: int, longest: float, bug: str = "") -> No
 # SIGSTOP
 
 STANDS = [step for step in STEPS if step not in ("k0", "k13")]
-LOCKS = [step for step in STANDS if step.endswith("-open") or step in ("k8", "k10")]
-"""Steps within a transaction: nobody else can claim before it ends."""
 HOLDS_NOTHING = ["k9", "k12"]
 """Steps after which the consumer may hold nothing."""
 
@@ -194,7 +192,7 @@ def suspend_consumers(scale: float, steps: Sequence[str] = tuple(STANDS), bug: s
 def _suspend_at(step: str, times: int, bug: str) -> tuple[dict[str, int], list[str]]:
     chance = random.Random(step)
     with trial() as made, made.maker(*maker_options(step)):
-        figures = Counter({"n": 0, "taken over": 0})
+        figures = Counter({"n": 0, "taken over": 0, "file locked": 0})
         violations: list[str] = []
         for number in range(times):
             made.post([*mixed_bodies(7, chance.randrange(10**6)), ["no request", len(made.attempted)]])
@@ -203,7 +201,8 @@ def _suspend_at(step: str, times: int, bug: str) -> tuple[dict[str, int], list[s
             if not _is_still(made, run):
                 return figures, [f"it did not stand still there: exit code {run.process.exitcode}"]
             time.sleep(CLAIM_TTL + 0.1)
-            if step in LOCKS:
+            if _is_locked(made):  # nobody else can claim before it goes on
+                figures["file locked"] += 1
                 _go_on(made, run)
             else:
                 taken, broken = (_lose_to_consumer if number % 2 else _lose_to_holder)(made, run)
@@ -234,6 +233,17 @@ def _is_still(made: Trial, run: Run) -> bool:
         if not run.is_running:
             return False
         made.post(mixed_bodies(8))
+    return False
+
+
+def _is_locked(made: Trial) -> bool:
+    """Whether what stands still is within a transaction, by its step or by another of its threads."""
+    for path in (made.queue, made.directory / "counts.sqlite3"):
+        with closing(apsw.Connection(str(path))) as file:
+            try:
+                file.execute("BEGIN IMMEDIATE; ROLLBACK")
+            except apsw.BusyError:
+                return True
     return False
 
 

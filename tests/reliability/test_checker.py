@@ -24,6 +24,10 @@ def posting(id_: str, body: Any, *, at: int = 10) -> Event:
     return {"op": "post", "phase": "invoke", "at": at, "requests": [[id_, digest(body)]]}
 
 
+def looked(id_: str, *, at: int) -> Event:
+    return {"op": "look", "phase": "ok", "message": id_, "at": at}
+
+
 def answer(id_: str, outcome: str | None, status: int) -> Event:
     return {"op": "post", "phase": "ok", "at": 20, "answers": [[id_, outcome, status]]}
 
@@ -133,6 +137,10 @@ def deleted_too_late(run: Evidence) -> None:
     run.histories[1][-1] = settled("3", at=TTL)
 
 
+def deleted_by_another_claim(run: Evidence) -> None:
+    run.histories[1][-1] = settled("3", claim="e")
+
+
 def deleted_before_an_outcome(run: Evidence) -> None:
     run.histories[1][1] = settling("3", "failed", letter=False)
 
@@ -147,6 +155,11 @@ def posted_too_late(run: Evidence) -> None:
 
 def posted_without_a_claim(run: Evidence) -> None:
     run.histories.append([{"op": "start", "phase": "ok", "needs": 500}, posting("4", ["q"])])
+
+
+def posted_late_after_a_late_look(run: Evidence) -> None:
+    run.histories[0][2:3] = [looked("1", at=TTL - 300), posting("1", MADE, at=TTL - 200)]
+    run.resumed = [TTL - 400]
 
 
 def counted_too_little(run: Evidence) -> None:
@@ -206,10 +219,12 @@ def response_id_of_its_own(run: Evidence) -> None:
         (claimed_by_two, "K1 claimed by two at once"),
         (claimed_during_a_renewal, "K1 claimed by two at once"),
         (deleted_too_late, "K4 3: deleted by a claim that was over"),
+        (deleted_by_another_claim, "K4 3: deleted by a claim that was over"),
         (deleted_before_an_outcome, "K5 3: settled as failed"),
         (deleted_for_another_outcome, "K5 1: settled as rejected"),
         (posted_too_late, "K6 1: a POST began with 499 ms"),
         (posted_without_a_claim, "K6 4: a POST began with -10 ms"),
+        (posted_late_after_a_late_look, "K6 1: a POST began with 200 ms"),
         (counted_too_little, "R1 received more often than counted"),
         (counted_too_much, "R2 counted more often than received and died"),
         (two_dead_letters, "R6 two dead letters"),
@@ -239,6 +254,14 @@ def test_what_may_have_happened_is_no_violation() -> None:
     run.cuts = [90 + TTL]
     run.deaths = 2
     assert check(run)[1] == []
+
+
+def test_what_stood_still_after_its_look_at_the_claim_posts_late() -> None:
+    run = clean()
+    run.histories[0][2:3] = [looked("1", at=10), posting("1", MADE, at=TTL - 200)]
+    run.resumed = [TTL - 300]
+    counts, violations = check(run)
+    assert (violations, counts["late POSTs"]) == ([], 1)
 
 
 def test_a_line_that_was_cut_off_is_no_event(tmp_path: Path) -> None:
