@@ -198,27 +198,41 @@ def _suspend_at(step: str, times: int, bug: str) -> tuple[dict[str, int], list[s
             made.post([*mixed_bodies(7, chance.randrange(10**6)), ["no request", len(made.attempted)]])
             plan = Plan(claim_ttl=CLAIM_TTL, kill=(step, chance.randint(1, most_hits(step))), stops=True, bug=bug)
             run = made.consumer("--slots", 3, plan=plan)
-            if not _is_still(made, run):
-                return figures, [f"it did not stand still there: exit code {run.process.exitcode}"]
-            time.sleep(CLAIM_TTL + 0.1)
-            if _is_locked(made):  # nobody else can claim before it goes on
+            try:
+                taken, broken = _stand_still(made, run, step, lose_all_first=number % 2 == 1)
+            except AssertionError as error:
+                taken, broken = 0, [f"{error}: {run.err.read_text()[-300:]}"]
+            if taken is None:
                 figures["file locked"] += 1
-                _go_on(made, run)
             else:
-                taken, broken = (_lose_to_consumer if number % 2 else _lose_to_holder)(made, run)
                 figures["taken over"] += taken
-                if not taken and step not in HOLDS_NOTHING:
-                    broken.append("nothing was taken over")
-                violations += broken
-            wait_until(lambda: queued(made) == 0)
-            stops = Stops(backoffs=True)
-            stops.stop(made, run, 1)
-            violations += stops.violations
+            violations += broken
             figures["n"] += 1
             if violations:
                 break
         counts, broken = made.check()
         return {**figures, **counts}, violations + broken
+
+
+def _stand_still(made: Trial, run: Run, step: str, *, lose_all_first: bool) -> tuple[int | None, list[str]]:
+    """Gives the number of messages that others took over, None where they could not, and what was broken.
+
+    lose_all_first: others have done all before it goes on; if not, they hold all while it does.
+    """
+    if not _is_still(made, run):
+        return 0, [f"it did not stand still there: exit code {run.process.exitcode}"]
+    time.sleep(CLAIM_TTL + 0.1)
+    taken, broken = None, []
+    if _is_locked(made):
+        _go_on(made, run)
+    else:
+        taken, broken = (_lose_to_consumer if lose_all_first else _lose_to_holder)(made, run)
+        if not taken and step not in HOLDS_NOTHING:
+            broken.append("nothing was taken over")
+    wait_until(lambda: queued(made) == 0)
+    stops = Stops(backoffs=True)
+    stops.stop(made, run, 1)
+    return taken, broken + stops.violations
 
 
 def _is_still(made: Trial, run: Run) -> bool:
