@@ -149,7 +149,10 @@ class Trial:
         """A consumer whose claim TTL is short, with an own history."""
         words = ["--maker-url", f"{self.maker_url}/widgets", "--receive-counts", self.directory / "counts.sqlite3"]
         words += ["--claim-ttl", 60, "--deadline", 1, "--max-receives", 1000, "--log-level", "warning", *options]
-        words += ["--drain", "--poll-interval", 0.2] if drain else []
+        words += ["--drain"] if drain else []
+        words += (
+            ["--poll-interval", 0.2] if drain or plan.claim_ttl else []
+        )  # a short claim must outlast the wait for it
         return self.run("widget_consumer", *words, plan=replace(plan, history=self.path("jsonl")))
 
     def run(self, script: str, *options: object, plan: Plan = Plan()) -> Run:  # noqa: B008
