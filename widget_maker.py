@@ -267,7 +267,7 @@ class Numbers:
         self.registry = CollectorRegistry()
         counter = partial(Counter, namespace="widget_maker", registry=self.registry)
         self.posts = counter("posts", "POSTs answered with a widget, created or repeated.", ["outcome"])
-        self.rejections = counter("rejections", "Requests refused for a mistake of the client's.", ["code"])
+        self.rejections = counter("rejections", "Requests for widgets refused for a mistake of the client's.", ["code"])
         self.faults = counter("faults", "Faults played on purpose.", ["fault"])
 
 
@@ -407,7 +407,7 @@ def _answer_errors(app: Flask, numbers: Numbers) -> None:
         response.vary.add("Accept")
         if error.code == HTTPStatus.UNAUTHORIZED:
             response.headers["WWW-Authenticate"] = "StandardWebhooks"
-        if response.status.startswith("4"):
+        if response.status.startswith("4") and request.endpoint in ("make_one", "make_batch"):
             numbers.rejections.labels(code).inc()
         elif response.status.startswith("503"):
             response.headers["Retry-After"] = str(RETRY_AFTER_S)

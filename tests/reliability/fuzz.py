@@ -1,4 +1,4 @@
-"""Fuzzing: queue bodies and makers' answers, the maker's API, command lines. `python -m reliability.fuzz --scale 0.01`.
+"""Fuzzing: queue bodies and makers' answers, the maker's API, command lines.
 
 The first two need .venvs/fuzz, which `make .venvs/fuzz/installed` makes.
 """
@@ -30,11 +30,12 @@ import widget_producer
 from claim_queues.command_line import Number, WholeNumber
 from claim_queues.sqlite import SqliteQueues
 
-from .alone import main
 from .campaign import Campaign, Result
 
 FUZZ = HERE / ".venvs" / "fuzz"
 BODIES, API_REQUESTS, COMMAND_LINES = 1_000_000, 20_000, 5_000
+VARIED_OPERATIONS = 6
+"""Of the maker's API: the others have no parameters, so each of them is one request."""
 PROCESS_SHARE = 100
 """One in so many command lines runs as a real process, too."""
 ID = "31f37378-54f4-11e5-ad75-3c970e65f731"
@@ -112,7 +113,6 @@ def fuzz_api(scale: float) -> Result:
     """Requests made by schemathesis from the maker's own description."""
     with tempfile.TemporaryDirectory() as directory, widget_maker(Path(directory)) as (url, maker):
         report = Path(directory) / "report.ndjson"
-        operations = 8
         done = subprocess.run(
             [
                 str(FUZZ / "bin" / "schemathesis"),
@@ -121,7 +121,7 @@ def fuzz_api(scale: float) -> Result:
                 f"{url}/openapi.json",
                 f"--checks={','.join(API_CHECKS)}",
                 f"--phases={'examples,coverage,fuzzing' if scale >= 0.1 else 'fuzzing'}",
-                f"--max-examples={max(1, round(API_REQUESTS * scale / operations))}",
+                f"--max-examples={max(1, round(API_REQUESTS * scale / VARIED_OPERATIONS))}",
                 "--continue-on-failure",
                 "--suppress-health-check=all",
                 "--generation-database=none",
@@ -326,7 +326,8 @@ def run_process(name: str, words: list[str], expected: Ended) -> list[str]:
     words = [word for word in words if "\0" not in word]
     script, _, _ = name.partition(" ")
     command = [sys.executable, str(HERE / script)] if script.endswith(".py") else [sys.executable, "-m", script]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=60, check=False)
+    env = os.environ | {"PYTHONPATH": str(HERE)}
+    done = subprocess.run([*command, *words], env=env, capture_output=True, text=True, timeout=60, check=False)
     ended = Ended(done.returncode, done.stdout, done.stderr)
     problems = check_ending(ended, f"process {name} {words!r}")
     if done.returncode != expected.code:
@@ -345,6 +346,3 @@ CAMPAIGNS = [
         fuzz_command_lines,
     ),
 ]
-
-if __name__ == "__main__":
-    main(CAMPAIGNS)

@@ -1,4 +1,4 @@
-"""Hostile clients of the maker: they stall, send nonsense, or script. `python -m reliability.hostile --scale 0.01`."""
+"""Hostile clients of the maker: they stall, send nonsense, or script."""
 
 import json
 import re
@@ -20,7 +20,6 @@ from fault_proxy import FaultProxy
 from scripted_maker import RESET, Raw, Reply, Request
 from support import free_port, is_healthy, wait_until, widget_maker, widgets
 
-from .alone import main
 from .campaign import Campaign, Result
 
 ID = "31f37378-54f4-11e5-ad75-3c970e65f731"
@@ -476,6 +475,3 @@ CAMPAIGNS = [
         script_in_the_page,
     ),
 ]
-
-if __name__ == "__main__":
-    main(CAMPAIGNS)

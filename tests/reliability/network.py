@@ -1,4 +1,4 @@
-"""Network faults between consumer and maker, at every byte. `python -m reliability.network --scale 0.01`."""
+"""Network faults between consumer and maker, at every byte."""
 
 import os
 import random
@@ -37,7 +37,6 @@ from delivery import Answer, Maker
 from receive_counts import ReceiveCounts
 from widget_consumer import Consumer, Settings
 
-from .alone import main
 from .campaign import Campaign, Result
 
 DEADLINE_S = 0.3
@@ -420,6 +419,3 @@ CAMPAIGNS = [
     Campaign("slow-network", "latency, trickles and a host that is not there end a POST at its deadline", slow_network),
     Campaign("broken-connections", "a consumer whose connections break makes every widget once", consumer_over_faults),
 ]
-
-if __name__ == "__main__":
-    main(CAMPAIGNS)

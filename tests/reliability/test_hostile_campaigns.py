@@ -1,4 +1,4 @@
-"""A small tier of the campaigns on hostile input and networks; `python -m reliability.NAME` runs them at full size."""
+"""A small tier of the campaigns on hostile input and networks; `make campaigns` runs them at full size."""
 
 import pytest
 

@@ -554,13 +554,17 @@ def test_the_page_shows_the_newest_widgets_and_the_totals(start: Callable[..., F
     post(client, number_n(0))
     post(client, "no id")
     post_body(client, "{")
+    post_batch(client, item("m", "no id"))
     post(client, OTHER_ID)
+    for asked in ("/favicon.ico", f"/widgets/{OTHER_ID}", "/?limit=0"):
+        assert client.get(asked).status_code in {400, 404}
+    assert client.delete("/widgets").status_code == 405
     text = browse(client, "/")
     assert shown_ids(text) == [number_n(number) for number in range(24, 4, -1)]
     assert re.findall(r'<dt>(.+?)</dt><dd class="number">(.+?)</dd>', text) == [
-        ("Widgets", "25"), ("Repeated requests", "1"), ("Rejected requests", "2"), ("Faults played", "1")
+        ("Widgets", "25"), ("Repeated requests", "1"), ("Rejected requests", "3"), ("Faults played", "1")
     ]  # fmt: skip
-    assert re.findall(r'<dd class="note">(.+?)</dd>', text) == ["1 bad json", "1 bad widget id", "1 failure"]
+    assert re.findall(r'<dd class="note">(.+?)</dd>', text) == ["1 bad json", "2 bad widget id", "1 failure"]
 
 
 def test_pages_lead_from_the_newest_to_the_oldest_widget_and_back(client: FlaskClient) -> None:
@@ -1008,7 +1012,6 @@ def test_the_metrics_count_what_happened(start: Callable[..., FlaskClient]) -> N
         'widget_maker_posts_total{outcome="created"} 1.0',
         'widget_maker_posts_total{outcome="repeated"} 1.0',
         'widget_maker_rejections_total{code="bad_widget_id"} 1.0',
-        'widget_maker_rejections_total{code="not_found"} 1.0',
         'widget_maker_faults_total{fault="latency"} 1.0',
         'widget_maker_faults_total{fault="failure"} 1.0',
     }
