@@ -6,7 +6,6 @@ after the commit has reached the disk: to repeat a request, for whatever reason,
 """
 
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -15,21 +14,13 @@ import signal
 import socket
 import threading
 import time
-import uuid
-from bisect import bisect_left
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from functools import lru_cache, partial
-from hashlib import blake2b
+from functools import partial
 from http import HTTPStatus
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import apsw
 import click
 from flask import Flask, Response, redirect, render_template, request, url_for
 from granian import Granian
@@ -50,18 +41,11 @@ from claim_queues.command_line import (
     option,
     run,
 )
-from claim_queues.errors import ConfigError, QueuesError, QueueUnavailable
+from claim_queues.errors import ConfigError, QueuesError
 from claim_queues.signing import BadSignature, Signer, load_signer, signing_options
-from claim_queues.store import BUSY_TIMEOUT_S, open_store, state_path, store_errors, transaction
-
-APPLICATION_ID, SCHEMA_VERSION = 0x57444754, 1
-SCHEMA = "CREATE TABLE widget (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, created_at TEXT NOT NULL) STRICT"
-INSERT = "INSERT INTO widget (id, created_at) VALUES (?, ?) ON CONFLICT DO NOTHING RETURNING id, created_at"
-SELECT = "SELECT id, created_at FROM widget WHERE id = ?"
-SELECT_PAGE = "SELECT id, created_at, number FROM widget WHERE number < ? ORDER BY number DESC LIMIT ?"
-SELECT_FOUND = "SELECT id, created_at FROM widget WHERE id > ? AND id < ? ORDER BY id LIMIT ?"
-SELECT_TIME = "SELECT created_at FROM widget WHERE number >= ? ORDER BY number LIMIT 1"
-NEWEST = 2**63 - 1
+from claim_queues.store import state_path
+from page import Pages, Total
+from widgets import NEWEST, Widgets
 
 MOST_BODY_BYTES = 65_536
 MOST_BATCH_BYTES = 20 * MOST_BODY_BYTES
@@ -72,9 +56,6 @@ MOST_READERS = 256
 """Bodies that are read at once: each takes one of the server's 512 threads, and nothing ends one that stalls."""
 MOST_HOSTS_LOGGED = 100
 MOST_PER_PAGE = 100
-FOUND_PER_PAGE = 20
-BUCKET_S, BUCKETS = 5, 60
-RATE_S = 10
 RETRY_AFTER_S = 1
 LONGEST_STOP_S = 1
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
@@ -107,127 +88,6 @@ class Refused(HTTPException):
 def error_body(code: str, message: str | None) -> dict[str, Any]:
     """What the body of every error holds."""
     return {"error": {"code": code, "message": message}}
-
-
-def _attempt(step: Callable[[Any], str], value: Any) -> str | Refused:
-    try:
-        return step(value)
-    except Refused as error:
-        return error
-
-
-@dataclass(eq=False, slots=True)
-class Wish:
-    """Ids of widgets to make; made: what became of each, None until it is safe on disk."""
-
-    widget_ids: Sequence[str]
-    made: list[tuple[dict[str, Any], bool]] | None = None
-
-
-class Widgets:
-    """The widgets of one SQLite file, each a dict of `id` and `created_at` (ISO 8601, UTC); thread-safe.
-
-    Every method raises StoreError or QueueUnavailable where the file cannot be used now.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._wishes: deque[Wish] = deque()
-        # Two connections: one can look at the widgets while a POST waits for the disk or for another process.
-        self._writer, self._reader = (
-            (open_store(path, application_id=APPLICATION_ID, version=SCHEMA_VERSION, schema=SCHEMA), threading.Lock())
-            for _ in range(2)
-        )
-
-    def make(self, widget_ids: Sequence[str]) -> list[tuple[dict[str, Any], bool]]:
-        """For each id its widget, safe on disk, and whether it was made now.
-
-        What others ask for while one waits for the disk goes into the next transaction together: one sync for all.
-        """
-        wish = Wish(widget_ids)
-        self._wishes.append(wish)
-        with self._using(*self._writer) as connection:
-            if wish.made is None:
-                wishes = [self._wishes.popleft() for _ in range(len(self._wishes))]
-                try:
-                    with transaction(connection):
-                        found = [[_make(connection, widget_id) for widget_id in each.widget_ids] for each in wishes]
-                except BaseException:
-                    self._wishes.extend(each for each in wishes if each is not wish)  # each fails by itself
-                    raise
-                for each, made in zip(wishes, found, strict=True):
-                    each.made = made
-        return wish.made or []
-
-    def find(self, widget_id: str) -> dict[str, Any] | None:
-        """The widget of that id, or None."""
-        with self._using(*self._reader) as connection:
-            found = connection.execute(SELECT, (widget_id,)).fetchall()
-        return _widget(found[0]) if found else None
-
-    def page(self, after: int, limit: int) -> tuple[list[dict[str, Any]], str | None]:
-        """Up to `limit` widgets behind the marker `after`, newest first, and the next marker (None: no more)."""
-        with self._using(*self._reader) as connection:
-            rows = connection.execute(SELECT_PAGE, (after, limit + 1)).fetchall()
-        return [_widget(row) for row in rows[:limit]], str(rows[limit - 1][2]) if len(rows) > limit else None
-
-    def search(self, prefix: str, after: str, limit: int) -> tuple[list[dict[str, Any]], str | None]:
-        """Up to `limit` widgets whose ids begin with `prefix`, behind the id `after`, and the next such id.
-
-        The prefix is no whole id: that one `find` finds.
-        """
-        with self._using(*self._reader) as connection:
-            found = connection.execute(SELECT_FOUND, (max(prefix, after), prefix + "g", limit + 1)).fetchall()
-        return [_widget(row) for row in found[:limit]], str(found[limit - 1][0]) if len(found) > limit else None
-
-    def made_before(self, moment: datetime) -> int:
-        """How many widgets were made before a moment that is over.
-
-        Times rise with the numbers (until a clock is set back), so it is found by bisection: an index of times would
-        cost every POST.
-        """
-        with self._using(*self._reader) as connection:
-            numbers = range(1, 1 + connection.execute("SELECT coalesce(max(number), 0) FROM widget").get)
-            return bisect_left(numbers, _iso(moment), key=lambda n: connection.execute(SELECT_TIME, (n,)).get)
-
-    def count(self) -> int:
-        """How many there are."""
-        with self._using(*self._reader) as connection:
-            # None is ever deleted, so the last number is the count; counting would read all of them.
-            return int(connection.execute("SELECT coalesce(max(number), 0) FROM widget").get)
-
-    def check(self) -> None:
-        """Write to the file and sync it: reading alone would work on a full disk too."""
-        with self._using(*self._writer) as connection:
-            connection.pragma("user_version", SCHEMA_VERSION)
-
-    def close(self) -> None:
-        for connection, _ in (self._writer, self._reader):
-            connection.close()
-
-    @contextmanager
-    def _using(self, connection: apsw.Connection, lock: threading.Lock) -> Iterator[apsw.Connection]:
-        if not lock.acquire(timeout=BUSY_TIMEOUT_S):
-            raise QueueUnavailable(f"{self._path}: others waited for it for {BUSY_TIMEOUT_S:.0f} s")
-        try:
-            with store_errors(self._path):
-                yield connection
-        finally:
-            lock.release()
-
-
-def _make(connection: apsw.Connection, widget_id: str) -> tuple[dict[str, Any], bool]:
-    new = connection.execute(INSERT, (widget_id, _iso(datetime.now(UTC)))).fetchall()
-    found = new or connection.execute(SELECT, (widget_id,)).fetchall()
-    return _widget(found[0]), bool(new)
-
-
-def _iso(moment: datetime) -> str:
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _widget(row: Sequence[Any]) -> dict[str, Any]:
-    return {"id": row[0], "created_at": row[1]}
 
 
 @dataclass(frozen=True)
@@ -270,6 +130,26 @@ class Numbers:
         self.rejections = counter("rejections", "Requests for widgets refused for a mistake of the client's.", ["code"])
         self.faults = counter("faults", "Faults played on purpose.", ["fault"])
 
+    def refused(self, status: int | None, code: str) -> None:
+        """Count a refused request, unless it was no mistake of the client's."""
+        if status and HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR:
+            self.rejections.labels(code).inc()
+
+    def totals(self) -> list[Total]:
+        """What the page shows of them."""
+        rejections, faults = _parts(self.rejections), _parts(self.faults)
+        return [
+            ("Repeated requests", _parts(self.posts).get("repeated", 0), []),
+            ("Rejected requests", sum(rejections.values()), sorted(rejections.items())),
+            ("Faults played", sum(faults.values()), sorted(faults.items())),
+        ]
+
+
+def _parts(counter: Counter) -> dict[str, int]:
+    """How often, by the counter's one label."""
+    samples = [sample for metric in counter.collect() for sample in metric.samples]
+    return {label.replace("_", " "): int(each.value) for each in samples for label in each.labels.values()}
+
 
 class Bodies:
     """The bodies of POSTs. signer: only what it has signed is taken; None takes all."""
@@ -281,7 +161,7 @@ class Bodies:
     def read(self, most_bytes: int) -> Any:
         """The JSON value that the current request brings; Refused or RequestEntityTooLarge says what is wrong."""
         check_media_type()
-        request.max_content_length = most_bytes + 1
+        request.max_content_length = most_bytes + 1  # Flask cuts a body without a Content-Length there, without a word
         if not self._readers.acquire(blocking=False):
             raise Refused(503, "busy", "too many bodies are on their way: try again later")
         try:
@@ -303,276 +183,6 @@ class Bodies:
         except BadSignature as error:
             what = f"Standard Webhooks: {error}: give the consumer this maker's --signing-secret-file or -keyring"
             raise Refused(401, "bad_signature", what) from error
-
-
-class Making:
-    """From requests to widgets, with the faults that are played on the way."""
-
-    def __init__(self, widgets: Widgets, faults: Faults, numbers: Numbers) -> None:
-        self._widgets = widgets
-        self._faults = faults
-        self._numbers = numbers
-
-    def make(self, contents: Sequence[Any]) -> list[tuple[dict[str, Any], int] | Refused]:
-        """What becomes of each request: a widget and its HTTP status, or why not. All are safe on disk at once."""
-        found = [_attempt(parse_request, content) for content in contents]
-        self._play_latency([each for each in found if isinstance(each, str)])
-        found = [_attempt(self._play_failure, each) if isinstance(each, str) else each for each in found]
-        accepted = [each for each in found if isinstance(each, str)]
-        made = iter(self._widgets.make(accepted) if accepted else ())
-        return [each if isinstance(each, Refused) else self._answer(*next(made)) for each in found]
-
-    def play_outage(self) -> None:
-        if self._faults.is_outage():
-            self._numbers.faults.labels("outage").inc()
-            raise Refused(503, "outage", "an outage, as --outage asks")
-
-    def _play_latency(self, widget_ids: Sequence[str]) -> None:
-        if self._faults.latency_s and any(map(self._faults.strike, widget_ids)):
-            self._numbers.faults.labels("latency").inc()
-            self._faults.sleep(self._faults.latency_s)
-
-    def _play_failure(self, widget_id: str) -> str:
-        if self._faults.strike(widget_id) and self._faults.random() < self._faults.fail_rate:
-            self._numbers.faults.labels("failure").inc()
-            raise Refused(500, "failure", "a failure, as --fail-rate asks")
-        return widget_id
-
-    def _answer(self, widget: dict[str, Any], is_new: bool) -> tuple[dict[str, Any], int]:
-        self._numbers.posts.labels("created" if is_new else "repeated").inc()
-        return widget, 201 if is_new else 200
-
-
-def create_app(
-    database: Path,
-    faults: Faults = NO_FAULTS,
-    allowed_hosts: Collection[str] = LOCAL_HOSTS,
-    signer: Signer | None = None,
-) -> Flask:
-    """The maker as a WSGI application.
-
-    allowed_hosts: names in lower case, without port, to answer to. signer: only what it has signed is made.
-    Raises StoreError or QueueUnavailable where the database cannot be used.
-    """
-    app = Flask(__name__)
-    # One byte more: Flask cuts a body without a Content-Length there, without a word.
-    app.config.update(MAX_CONTENT_LENGTH=MOST_BODY_BYTES + 1, PROVIDE_AUTOMATIC_OPTIONS=False)
-    widgets, numbers = Widgets(database), Numbers()
-    _guard(app, allowed_hosts)
-    _answer_errors(app, numbers)
-    _add_post(app, Making(widgets, faults, numbers), Bodies(signer), widgets, numbers)
-    _add_views(app, widgets, numbers)
-    _add_pages(app, widgets, faults, numbers)
-    return app
-
-
-def _guard(app: Flask, allowed_hosts: Collection[str]) -> None:
-    """Keep other web sites out: none may write here through a browser, or read here under a name of its own."""
-    logged: set[str] = set()
-
-    def refuse(host: str) -> Refused:
-        if host not in logged and len(logged) < MOST_HOSTS_LOGGED:
-            logged.add(host)
-            log.warning("asked by a name that is none of its own: --allowed-host adds one", host=host)
-        return Refused(421, "host_not_allowed", f"Host {host!r} is no name of this maker: its --allowed-host adds one")
-
-    @app.before_request
-    def check_host_and_origin() -> None:
-        host = request.headers.get("Host", "").lower()
-        name = HOST.fullmatch(host)
-        if not name or name[1] not in allowed_hosts:
-            raise refuse(one_line(host, 80))
-        if request.method not in ("GET", "HEAD"):
-            origin = request.headers.get("Origin")
-            is_foreign = origin is not None and origin.lower().partition("://")[2] != host
-            if is_foreign or request.headers.get("Sec-Fetch-Site") == "cross-site":
-                raise Refused(403, "cross_site", "other web sites may not write here")
-
-    @app.after_request
-    def add_headers(response: Response) -> Response:
-        response.headers.update(SECURITY_HEADERS)
-        return response
-
-
-def _answer_errors(app: Flask, numbers: Numbers) -> None:
-    @app.errorhandler(HTTPException)
-    def answer(error: HTTPException) -> Any:
-        response = error.get_response()
-        code = error.error_code if isinstance(error, Refused) else error.name.lower().replace(" ", "_")
-        if wants_page():
-            response.data = render_template("error.html", name=error.name, message=error.description)
-        else:
-            response.data = json.dumps(error_body(code, error.description))
-            response.content_type = "application/json"
-        response.vary.add("Accept")
-        if error.code == HTTPStatus.UNAUTHORIZED:
-            response.headers["WWW-Authenticate"] = "StandardWebhooks"
-        if response.status.startswith("4") and request.endpoint in ("make_one", "make_batch"):
-            numbers.rejections.labels(code).inc()
-        elif response.status.startswith("503"):
-            response.headers["Retry-After"] = str(RETRY_AFTER_S)
-        return response
-
-    @app.errorhandler(QueuesError)
-    def answer_store_error(error: QueuesError) -> Any:
-        log.error("the widgets cannot be used now", reason=str(error))
-        return answer(Refused(503, "store_unavailable", "the widgets cannot be used now: try again later"))
-
-
-def _add_post(app: Flask, making: Making, bodies: Bodies, widgets: Widgets, numbers: Numbers) -> None:
-    @app.post("/widgets")
-    def make_one() -> Any:
-        making.play_outage()
-        (answer,) = making.make([bodies.read(MOST_BODY_BYTES)])
-        if isinstance(answer, Refused):
-            raise answer
-        return answer
-
-    @app.post("/widgets/batch")
-    def make_batch() -> Any:
-        making.play_outage()
-        batch = parse_batch(bodies.read(MOST_BATCH_BYTES))
-        answers = []
-        for message_id, answer in zip(batch, making.make(list(batch.values())), strict=True):
-            if isinstance(answer, Refused):
-                numbers.rejections.labels(answer.error_code).inc()
-                body, status = error_body(answer.error_code, answer.description), answer.code
-            else:
-                body, status = answer
-            answers.append({"message_id": message_id, "status": status, "body": body})
-        return {"answers": answers}
-
-    @app.get("/healthz")
-    def health() -> Any:
-        making.play_outage()
-        widgets.check()
-        return {"status": "ok"}
-
-
-def _add_views(app: Flask, widgets: Widgets, numbers: Numbers) -> None:
-    @app.get("/widgets")
-    def listing() -> Any:
-        found, following = widgets.page(*parse_page(request.args))
-        return {"widgets": found, "next": following}
-
-    @app.get("/widgets/<widget_id>")
-    def one(widget_id: str) -> Any:
-        widget = widgets.find(widget_id.lower())
-        if widget is None:
-            raise Refused(404, "not_found", f"there is no widget {one_line(widget_id, 80)!r}")
-        response = app.make_response(
-            render_template("widget.html", widget=widget, origin=read_id(widget["id"])) if wants_page() else widget
-        )
-        response.vary.add("Accept")
-        return response
-
-    @app.get("/metrics")
-    def metrics() -> Any:
-        return Response(generate_latest(numbers.registry), content_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/openapi.json")
-    def description() -> Any:
-        return app.send_static_file("openapi.json")
-
-
-def _add_pages(app: Flask, widgets: Widgets, faults: Faults, numbers: Numbers) -> None:
-    app.jinja_env.globals["chooser"] = chooser
-    made_before = lru_cache(maxsize=2 * BUCKETS)(widgets.made_before)  # most moments are asked for each second
-
-    @app.get("/")
-    def page() -> Any:
-        after, limit = parse_page(request.args)
-        found, following = widgets.page(after, limit)
-        count = widgets.count()
-        shown = {"widgets": found, "count": count, "limit": limit, "pages": _pages(after, limit, count, following)}
-        if after <= count:
-            return render_template("widgets.html", last=after - 1, **shown)
-        totals = [
-            ("Widgets", count, []),
-            ("Repeated requests", *_total(numbers.posts, "outcome", "repeated")),
-            ("Rejected requests", *_total(numbers.rejections, "code")),
-            ("Faults played", *_total(numbers.faults, "fault")),
-        ]
-        return render_template(
-            "widgets.html", is_first=True, totals=totals, faults=faults, **measure_rates(made_before), **shown
-        )
-
-    @app.get("/search")
-    def search() -> Any:
-        prefix, after = request.args.get("id", "").strip().lower(), request.args.get("after", "")
-        if widgets.find(prefix):
-            return redirect(url_for("one", widget_id=prefix))
-        found, following = widgets.search(prefix, after, FOUND_PER_PAGE)
-        return render_template("search.html", searched=one_line(prefix, 80), widgets=found, following=following)
-
-
-def wants_page() -> bool:
-    """Whether the client would rather have a page than JSON, as browsers say; who takes both alike gets JSON."""
-    return request.accept_mimetypes.best_match(["application/json", "text/html"]) == "text/html"
-
-
-def measure_rates(made_before: Callable[[datetime], int]) -> dict[str, Any]:
-    """Widgets per second: rate, over the last RATE_S; rates, for each of the last BUCKETS of BUCKET_S, oldest first."""
-    now = datetime.now(UTC)
-    end = now.timestamp() // BUCKET_S * BUCKET_S
-    ends = [datetime.fromtimestamp(end - BUCKET_S * ago, UTC) for ago in reversed(range(BUCKETS + 1))]
-    rates = [(after - before) / BUCKET_S for before, after in pairwise(map(made_before, ends))]
-    return {
-        "rate": (made_before(now) - made_before(now - timedelta(seconds=RATE_S))) / RATE_S,
-        "rate_s": RATE_S,
-        "rates": rates,
-        "top": round_up(max(rates)),
-        "minutes": BUCKETS * BUCKET_S // 60,
-    }
-
-
-def round_up(number: float) -> float:
-    """The next number that is 1, 2 or 5 times a power of ten; 1 for 0."""
-    power: float = 10.0 ** math.floor(math.log10(number or 1))
-    return next(step * power for step in (1, 2, 5, 10) if step * power >= number)
-
-
-def read_id(widget_id: str) -> dict[str, Any]:
-    """What a UUID of version 1 says of its origin: made_at (ISO 8601, UTC), node, is_random (node), clock_sequence."""
-    found = uuid.UUID(widget_id)
-    made_at = datetime(1582, 10, 15, tzinfo=UTC) + timedelta(microseconds=found.time // 10)
-    return {
-        "made_at": made_at.isoformat(timespec="microseconds").replace("+00:00", "Z"),
-        "node": found.node.to_bytes(6).hex(":"),
-        "is_random": bool(found.node >> 40 & 1),
-        "clock_sequence": found.clock_seq,
-    }
-
-
-def chooser(widget_id: str) -> Callable[[Sequence[Any]], Any]:
-    """A function that chooses from its options, each time anew, and for the same widget always the same."""
-    bits = int.from_bytes(blake2b(widget_id.encode(), digest_size=16).digest())
-
-    def choose(options: Sequence[Any]) -> Any:
-        nonlocal bits
-        bits, which = divmod(bits, len(options))
-        return options[which]
-
-    return choose
-
-
-def _pages(after: int, limit: int, count: int, following: str | None) -> list[tuple[str, int | str | None]]:
-    """The pages that one can go to from the one behind `after`: name and marker (None: the first)."""
-    found: list[tuple[str, int | str | None]] = []
-    if after <= count:
-        found += [("Newest", None), ("Newer", after + limit if after + limit <= count else None)]
-    if following:
-        found += [("Older", following), ("Oldest", limit + 1)]
-    return found
-
-
-def _total(counter: Counter, label: str, value: str | None = None) -> tuple[int, list[tuple[str, int]]]:
-    """The sum of a counter and its parts by that label."""
-    samples = [sample for metric in counter.collect() for sample in metric.samples]
-    parts = {sample.labels[label]: int(sample.value) for sample in samples}
-    if value:
-        return parts.get(value, 0), []
-    return sum(parts.values()), [(name.replace("_", " "), often) for name, often in sorted(parts.items())]
 
 
 def check_media_type() -> None:
@@ -663,6 +273,195 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError("an object has the same key twice")
     return found
+
+
+class Making:
+    """From requests to widgets, with the faults that are played on the way."""
+
+    def __init__(self, widgets: Widgets, faults: Faults, numbers: Numbers) -> None:
+        self._widgets = widgets
+        self._faults = faults
+        self._numbers = numbers
+
+    def make(self, contents: Sequence[Any]) -> list[tuple[dict[str, Any], int] | Refused]:
+        """What becomes of each request: a widget and its HTTP status, or why not. All are safe on disk at once."""
+        found = [_attempt(parse_request, content) for content in contents]
+        self._play_latency([each for each in found if isinstance(each, str)])
+        found = [_attempt(self._play_failure, each) if isinstance(each, str) else each for each in found]
+        accepted = [each for each in found if isinstance(each, str)]
+        made = iter(self._widgets.make(accepted) if accepted else ())
+        return [each if isinstance(each, Refused) else self._answer(*next(made)) for each in found]
+
+    def play_outage(self) -> None:
+        if self._faults.is_outage():
+            self._numbers.faults.labels("outage").inc()
+            raise Refused(503, "outage", "an outage, as --outage asks")
+
+    def _play_latency(self, widget_ids: Sequence[str]) -> None:
+        if self._faults.latency_s and any(map(self._faults.strike, widget_ids)):
+            self._numbers.faults.labels("latency").inc()
+            self._faults.sleep(self._faults.latency_s)
+
+    def _play_failure(self, widget_id: str) -> str:
+        if self._faults.strike(widget_id) and self._faults.random() < self._faults.fail_rate:
+            self._numbers.faults.labels("failure").inc()
+            raise Refused(500, "failure", "a failure, as --fail-rate asks")
+        return widget_id
+
+    def _answer(self, widget: dict[str, Any], is_new: bool) -> tuple[dict[str, Any], int]:
+        self._numbers.posts.labels("created" if is_new else "repeated").inc()
+        return widget, 201 if is_new else 200
+
+
+def _attempt(step: Callable[[Any], str], value: Any) -> str | Refused:
+    try:
+        return step(value)
+    except Refused as error:
+        return error
+
+
+def create_app(
+    database: Path,
+    faults: Faults = NO_FAULTS,
+    allowed_hosts: Collection[str] = LOCAL_HOSTS,
+    signer: Signer | None = None,
+) -> Flask:
+    """The maker as a WSGI application.
+
+    allowed_hosts: names in lower case, without port, to answer to. signer: only what it has signed is made.
+    Raises StoreError or QueueUnavailable where the database cannot be used.
+    """
+    app = Flask(__name__)
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
+    widgets, numbers = Widgets(database), Numbers()
+    _guard(app, allowed_hosts)
+    _add_post(app, Making(widgets, faults, numbers), Bodies(signer), widgets, numbers)
+    _add_views(app, widgets, Pages(app, widgets, faults, numbers.totals), numbers)
+    _answer_errors(app, numbers)
+    return app
+
+
+def _add_post(app: Flask, making: Making, bodies: Bodies, widgets: Widgets, numbers: Numbers) -> None:
+    @app.post("/widgets")
+    def make_one() -> Any:
+        making.play_outage()
+        (answer,) = making.make([bodies.read(MOST_BODY_BYTES)])
+        if isinstance(answer, Refused):
+            raise answer
+        return answer
+
+    @app.post("/widgets/batch")
+    def make_batch() -> Any:
+        making.play_outage()
+        batch = parse_batch(bodies.read(MOST_BATCH_BYTES))
+        answers = []
+        for message_id, answer in zip(batch, making.make(list(batch.values())), strict=True):
+            if isinstance(answer, Refused):
+                numbers.refused(answer.code, answer.error_code)
+                body, status = error_body(answer.error_code, answer.description), answer.code
+            else:
+                body, status = answer
+            answers.append({"message_id": message_id, "status": status, "body": body})
+        return {"answers": answers}
+
+    @app.get("/healthz")
+    def health() -> Any:
+        making.play_outage()
+        widgets.check()
+        return {"status": "ok"}
+
+
+def _add_views(app: Flask, widgets: Widgets, pages: Pages, numbers: Numbers) -> None:
+    @app.get("/")
+    def page() -> Any:
+        return pages.listed(*parse_page(request.args))
+
+    @app.get("/search")
+    def search() -> Any:
+        prefix, after = request.args.get("id", "").strip().lower(), request.args.get("after", "")
+        if widgets.find(prefix):
+            return redirect(url_for("one", widget_id=prefix))
+        return pages.found(prefix, after)
+
+    @app.get("/widgets")
+    def listing() -> Any:
+        found, following = widgets.page(*parse_page(request.args))
+        return {"widgets": found, "next": following}
+
+    @app.get("/widgets/<widget_id>")
+    def one(widget_id: str) -> Any:
+        widget = widgets.find(widget_id.lower())
+        if widget is None:
+            raise Refused(404, "not_found", f"there is no widget {one_line(widget_id, 80)!r}")
+        response = app.make_response(pages.one(widget) if wants_page() else widget)
+        response.vary.add("Accept")
+        return response
+
+    @app.get("/metrics")
+    def metrics() -> Any:
+        return Response(generate_latest(numbers.registry), content_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/openapi.json")
+    def description() -> Any:
+        return app.send_static_file("openapi.json")
+
+
+def _guard(app: Flask, allowed_hosts: Collection[str]) -> None:
+    """Keep other web sites out: none may write here through a browser, or read here under a name of its own."""
+    logged: set[str] = set()
+
+    def refuse(host: str) -> Refused:
+        if host not in logged and len(logged) < MOST_HOSTS_LOGGED:
+            logged.add(host)
+            log.warning("asked by a name that is none of its own: --allowed-host adds one", host=host)
+        return Refused(421, "host_not_allowed", f"Host {host!r} is no name of this maker: its --allowed-host adds one")
+
+    @app.before_request
+    def check_host_and_origin() -> None:
+        host = request.headers.get("Host", "").lower()
+        name = HOST.fullmatch(host)
+        if not name or name[1] not in allowed_hosts:
+            raise refuse(one_line(host, 80))
+        if request.method not in ("GET", "HEAD"):
+            origin = request.headers.get("Origin")
+            is_foreign = origin is not None and origin.lower().partition("://")[2] != host
+            if is_foreign or request.headers.get("Sec-Fetch-Site") == "cross-site":
+                raise Refused(403, "cross_site", "other web sites may not write here")
+
+    @app.after_request
+    def add_headers(response: Response) -> Response:
+        response.headers.update(SECURITY_HEADERS)
+        return response
+
+
+def _answer_errors(app: Flask, numbers: Numbers) -> None:
+    @app.errorhandler(HTTPException)
+    def answer(error: HTTPException) -> Any:
+        response = error.get_response()
+        code = error.error_code if isinstance(error, Refused) else error.name.lower().replace(" ", "_")
+        if wants_page():
+            response.data = render_template("error.html", name=error.name, message=error.description)
+        else:
+            response.data = json.dumps(error_body(code, error.description))
+            response.content_type = "application/json"
+        response.vary.add("Accept")
+        if error.code == HTTPStatus.UNAUTHORIZED:
+            response.headers["WWW-Authenticate"] = "StandardWebhooks"
+        if request.endpoint in ("make_one", "make_batch"):
+            numbers.refused(error.code, code)
+        if error.code == HTTPStatus.SERVICE_UNAVAILABLE:
+            response.headers["Retry-After"] = str(RETRY_AFTER_S)
+        return response
+
+    @app.errorhandler(QueuesError)
+    def answer_store_error(error: QueuesError) -> Any:
+        log.error("the widgets cannot be used now", reason=str(error))
+        return answer(Refused(503, "store_unavailable", "the widgets cannot be used now: try again later"))
+
+
+def wants_page() -> bool:
+    """Whether the client would rather have a page than JSON, as browsers say; who takes both alike gets JSON."""
+    return request.accept_mimetypes.best_match(["application/json", "text/html"]) == "text/html"
 
 
 def check_host_name(name: str) -> str:
