@@ -1,5 +1,7 @@
 """The maker's page in a real Chromium, while producer, consumer and maker run and faults are played."""
 
+import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -177,8 +179,16 @@ def test_the_list_holds_still_while_one_points_at_it_or_pauses(running: str, ope
     expect(count).to_have_text(f"{before + 1:,}")
     assert first.get_attribute("href") == where
     expect(first).to_be_focused()
-    pause.focus()
+    page.get_by_role("link", name="Older").focus()
     expect(page.locator("#list a").nth(1)).to_have_attribute("href", where, timeout=SHOWN_WITHIN_MS)
+    expect(page.get_by_role("link", name="Older")).to_be_focused()
+    pause.focus()
+    page.locator("#list").hover()
+    make(running)
+    expect(count).to_have_text(f"{before + 2:,}")
+    expect(page.locator("#list a").nth(1)).to_have_attribute("href", where)
+    page.mouse.move(0, 0)
+    expect(page.locator("#list a").nth(2)).to_have_attribute("href", where, timeout=SHOWN_WITHIN_MS)
     page.keyboard.press("Space")
     expect(page.locator("#state")).to_have_text("Paused")
     asked: list[Any] = []
@@ -210,8 +220,14 @@ def test_the_page_says_that_the_maker_is_gone_and_goes_on_when_it_is_back(
     with widget_maker(tmp_path) as (url, _):
         page = open_page(f"{url}/").page
         expect(page.locator("#empty")).to_have_text("No widget has been made yet.")
+        make(url)
+        expect(page.locator("#empty")).to_be_empty()
     expect(page.locator("#state")).to_have_text("The maker does not answer: trying again")
-    with widget_maker(tmp_path, port=int(url.rpartition(":")[2])):
+    with widget_maker(tmp_path, port=int(url.rpartition(":")[2])) as (_, maker):
+        expect(page.locator("#state")).to_have_text("Live")
+        os.killpg(maker.process.pid, signal.SIGSTOP)
+        expect(page.locator("#state")).to_have_text("The maker does not answer: trying again", timeout=10_000)
+        os.killpg(maker.process.pid, signal.SIGCONT)
         expect(page.locator("#state")).to_have_text("Live")
 
 

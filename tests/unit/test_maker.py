@@ -26,11 +26,12 @@ import claim_queues.store
 import widget_maker
 from claim_queues import StoreError
 from claim_queues.signing import Signer
-from page import measure_rates, read_id, round_up
+from page import chooser, measure_rates, read_id, round_up
 from widget_maker import (
     LOCAL_HOSTS,
     MOST_HOSTS_LOGGED,
     NO_FAULTS,
+    SECURITY_HEADERS,
     Faults,
     Refused,
     create_app,
@@ -619,6 +620,16 @@ def test_the_page_of_a_widget_says_what_its_id_holds(client: FlaskClient) -> Non
     assert re.findall("Clock sequence</dt><dd>(.+?)</dd>", text) == ["11,637"]
 
 
+def test_times_are_utc_wherever_the_maker_is(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setenv("TZ", "Asia/Kolkata")
+        time.tzset()
+        before, made = datetime.now(UTC), post(client).json
+        assert read_id(ID)["made_at"] == "2015-09-07T00:05:49.145996Z"
+        assert abs(datetime.fromisoformat(made["created_at"]) - before) < timedelta(minutes=1)
+    time.tzset()
+
+
 def test_a_random_node_is_called_so() -> None:
     assert read_id("31f37378-54f4-11e5-ad75-3d970e65f731")["is_random"]
     assert not read_id(ID)["is_random"]
@@ -639,6 +650,8 @@ def test_a_widgets_picture_is_always_the_same_and_others_differ(client: FlaskCli
     listed = picture.findall(browse(client, "/"))
     assert len(set(listed)) == 20
     assert picture.findall(browse(client, f"/widgets/{number_n(19)}")) == listed[:1]
+    choose = chooser(ID)
+    assert [choose(range(1000)) for _ in range(4)] == [354, 148, 412, 959]  # in another process too
 
 
 @pytest.mark.parametrize("widget_id", [OTHER_ID, "nothing", "a b", "<b>", "%00"])
@@ -875,7 +888,9 @@ def test_its_own_site_can_write(client: FlaskClient, headers: dict[str, str]) ->
 )
 def test_every_answer_carries_the_security_headers(client: FlaskClient, method: str, path: str, status: int) -> None:
     response = client.open(path, method=method, buffered=True)
-    assert response.status_code == status
+    page = client.open(path, method=method, buffered=True, headers=BROWSER)
+    assert response.status_code == page.status_code == status
+    assert all(response.headers[name] == page.headers[name] for name in SECURITY_HEADERS)
     assert response.headers["X-Content-Type-Options"] == "nosniff"
     assert response.headers["Referrer-Policy"] == "no-referrer"
     policy = response.headers["Content-Security-Policy"].split("; ")
