@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from claim_queues import (
     ConfigError,
@@ -45,6 +44,7 @@ from claim_queues.command_line import (
     message_ttl,
     option,
     queue_options,
+    require_grace,
     require_queues,
     run,
     run_until_signal,
@@ -768,8 +768,7 @@ class StatusLine:
 def _settings(ctx: click.Context, queues: Queues, given: dict[str, Any]) -> Settings:
     """The options as this service can honour them; an option that it cannot is refused."""
     limits = queues.limits
-    if limits.grace is None and ctx.get_parameter_source("grace") is not ParameterSource.DEFAULT:
-        raise ConfigError(f"--grace: {limits.service} has no such thing")
+    require_grace(ctx, limits)
     values = {name: given[name] for name in Settings.__dataclass_fields__}
     values["claim_limit"] = given["claim_limit"] or limits.claim_limit
     values["response_ttl"] = message_ttl(ctx, limits, "response_ttl")

@@ -31,6 +31,7 @@ from .command_line import (
     one_line,
     option,
     queue_options,
+    require_grace,
     require_queues,
     run,
 )
@@ -177,14 +178,16 @@ def purge(kind: str, queue_url: str | None, yes: bool, create: bool, **names: st
 @option("--claim-ttl", type=WholeNumber(60, 43_200, "seconds"), default=300, help="The consumer's --claim-ttl.")
 @option("--grace", type=WholeNumber(60, 43_200, "seconds"), default=60, help="The consumer's --grace.")
 @option("--deadline", type=Number(0.1, 43_190, "seconds"), default=20.0, help="The consumer's --deadline.")
-def check(queue_url: str | None, claim_ttl: int, grace: int, deadline: float, create: bool, **names: str) -> int:
+@click.pass_context
+def check(ctx: click.Context, /, queue_url: str | None, create: bool, **given: Any) -> int:
     """Check a set-up before it goes live: each line is ok, warning or failure, with what to do.
 
     `widget_consumer.py --check` checks the widget maker too.
     """
-    report, given = Report(), list(names.values())
+    report, options = Report(), {name: given.pop(name) for name in ("claim_ttl", "grace", "deadline")}
     with open_queues(queue_url) as queues:
-        check_queues(report, queues, given, claim_ttl=claim_ttl, grace=grace, deadline=deadline, create=create)
+        require_grace(ctx, queues.limits)
+        check_queues(report, queues, list(given.values()), create=create, **options)
     return report.exit_code
 
 

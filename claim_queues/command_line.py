@@ -147,6 +147,12 @@ def message_ttl(ctx: click.Context, limits: Limits, name: str) -> int | None:
     return None
 
 
+def require_grace(ctx: click.Context, limits: Limits) -> None:
+    """Raise ConfigError where the user gave --grace and the service knows no such thing."""
+    if limits.grace is None and ctx.get_parameter_source("grace") is not ParameterSource.DEFAULT:
+        raise ConfigError(f"--grace: {limits.service} has no such thing")
+
+
 def run(command: click.Command) -> NoReturn:
     """Run the command and exit by the table of exit codes; an error is one line on stderr."""
     sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115 closed by the caller: stays open as stdin does

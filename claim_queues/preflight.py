@@ -45,7 +45,10 @@ def check_queues(
     try:
         distinct(*names)
         queues.limits.check_claim(ttl=claim_ttl, grace=grace, limit=queues.limits.claim_limit)
-        report.ok(f"claim TTL {claim_ttl} s and grace {grace} s are in range")
+        if queues.limits.grace is None:
+            report.ok(f"claim TTL {claim_ttl} s is in range")
+        else:
+            report.ok(f"claim TTL {claim_ttl} s and grace {grace} s are in range")
     except ConfigError as error:
         report.failure(error)
     if deadline > claim_ttl - 10:

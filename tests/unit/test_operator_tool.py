@@ -444,6 +444,14 @@ def test_check_says_what_the_service_cannot_do_and_what_would_surprise(
     assert f"warning {REQUESTS} has a receive limit" in warnings
 
 
+def test_check_knows_no_grace_where_the_service_has_none(queues: Queues, use: Callable[..., None]) -> None:
+    assert "ok      claim TTL 300 s and grace 60 s are in range" in tool("check").lines
+    use(grace=None)
+    assert "ok      claim TTL 300 s is in range" in tool("check").lines
+    refused = tool("check", "--grace", 60)
+    assert (refused.code, refused.err) == (2, "error: --grace: the embedded queue has no such thing\n")
+
+
 @pytest.mark.parametrize(
     ("ahead_s", "line"),
     [
