@@ -131,9 +131,12 @@ class SqsQueues(Queues):
         found = re.fullmatch(r"sqs://([a-z0-9-]+)/?(?:\?([^#]*))?", url)
         pairs = parse_qsl(found[2] or "", keep_blank_values=True) if found else []
         options = dict(pairs)
-        if not found or len(options) < len(pairs) or options.keys() - {"endpoint", "profile"} or "" in options.values():
-            # Not repeated in the message: who gets it wrong may have written a key into it.
-            raise ConfigError(f"this is no URL of Amazon SQS: {WRITE}")
+        unknown = options.keys() - {"endpoint", "profile"}
+        if not found or len(options) < len(pairs) or unknown or "" in options.values():
+            # No more is repeated than what looks like a name: who gets it wrong may have written a key into it.
+            named = ", ".join(name for name in sorted(unknown) if re.fullmatch("[a-z_]{1,20}", name) and options[name])
+            what = f"sqs:// takes no such option: {named}" if named else "this is no URL of Amazon SQS"
+            raise ConfigError(f"{what}: {WRITE}")
         return cls(found[1], **options)
 
     def create(self, queue: str) -> None:

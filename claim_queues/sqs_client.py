@@ -124,7 +124,9 @@ def problem(error: Exception, what: str) -> QueuesError:
     otherwise = QueueUnavailable if status >= HTTPStatus.INTERNAL_SERVER_ERROR else QueueError
     kind = next((KINDS[name] for name in names if name in KINDS), otherwise)
     said: object = error
-    if isinstance(error, sdk.ClientError) and kind is CredentialsError:
+    if code.isdecimal():  # no SQS error: boto3 would repeat the whole page
+        said = f"HTTP {code}, not in SQS's words: look for a wrong region or endpoint, or for a proxy"
+    elif isinstance(error, sdk.ClientError) and kind is CredentialsError:
         # What AWS says about a wrong signature repeats the session token.
         said = f"AWS refuses the credentials ({code}), or this clock is wrong"
     found = kind(f"{what}: {said}{HINTS.get(kind, '')}")

@@ -161,6 +161,8 @@ def test_the_url_names_region_endpoint_and_profile(tmp_path, monkeypatch):
         f"sqs://AKIA:{SECRET}@eu-west-1",
         f"sqs://eu-west-1/{SECRET}",
         f"sqs://eu-west-1?key={SECRET}",
+        f"sqs://eu-west-1?{SECRET}",
+        f"sqs://eu-west-1?{SECRET}=key",
         f"sqs://eu-west-1#{SECRET}",
         "sqs://[eu-west-1",
         "sqs://eu-west-1?endpoint=",
@@ -181,6 +183,11 @@ def test_any_other_url_says_what_to_write_and_repeats_no_secret(url):
 
     assert not isinstance(raised.value, CredentialsError)
     assert SECRET not in str(raised.value)
+
+
+def test_a_mistyped_option_of_the_url_is_named():
+    with pytest.raises(ConfigError, match=r"^sqs:// takes no such option: endpont, profil: write sqs://REGION"):
+        SqsQueues.from_url("sqs://eu-west-1?endpont=http://127.0.0.1:5000&profil=mine")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "localhost"])
@@ -426,8 +433,20 @@ def test_an_entry_that_fails_is_busy_or_forbidden_or_what_a_refusal_means_there(
 def test_an_error_without_a_body_goes_by_its_status(queues, queue, proxy):
     answer(proxy, "GetQueueAttributes", Reply(503), Reply(502, "<html>Bad Gateway</html>"))
 
-    with pytest.raises(QueueUnavailable, match="502"):
+    with pytest.raises(QueueUnavailable, match="HTTP 502, not in SQS's words: look for a wrong region") as raised:
         queues.stats(queue)
+
+    assert "<html>" not in str(raised.value)
+
+
+def test_a_wrong_region_of_the_local_server_is_one_sentence(proxy):
+    with SqsQueues("us-nowhere-9", endpoint=proxy.url) as queues, pytest.raises(QueueUnavailable) as raised:
+        queues.stats("somewhere")
+
+    assert str(raised.value).endswith(
+        "HTTP 500, not in SQS's words: look for a wrong region or endpoint, or for a proxy"
+    )
+    assert "<" not in str(raised.value)
 
 
 def test_the_wait_that_a_busy_service_asks_for_is_passed_on_and_not_cut_short(queues, queue, proxy):
