@@ -5,6 +5,7 @@ import socket
 import subprocess
 from pathlib import Path
 
+import processes
 import pytest
 from support import HERE
 
@@ -24,6 +25,13 @@ def test_a_port_that_is_taken_is_said(command: str, python: str, name: str, port
         done = subprocess.run(there, shell=True, cwd=HERE, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
     assert re.search("address already in use", done.stderr, re.I)
+
+
+def test_the_local_zaqar_starts_without_a_traceback(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with processes.zaqar(23, "mongodb", log):
+        assert "Serving on" in log.read_text()
+    assert "Traceback" not in log.read_text()
 
 
 def test_both_servers_are_found() -> None:
