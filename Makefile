@@ -57,7 +57,7 @@ sqs: .venv/installed .venvs/sqs/installed  ## run a local SQS server (in memory)
 	@echo "export WIDGET_CREATE=1 WIDGET_QUEUE_URL='sqs://us-east-1?endpoint=http://127.0.0.1:9324'"
 	@.venvs/sqs/bin/python tests/servers/sqs_server.py 9324 >/dev/null || test $$? -eq 130
 
-readme: .venv/tests-installed  ## write the option tables of README.md anew
+readme: .venv/tests-installed  ## write the generated tables of README.md and docs/options.md anew
 	@PYTHONPATH=. $(BIN)/python tests/readme.py
 
 lock:  ## compile the lock files anew (needs uv)

@@ -71,7 +71,7 @@ def open_queues(url: str | None = None) -> Queues:
         try:
             from .zaqar import ZaqarQueues
         except ImportError as error:
-            raise ConfigError(f"zaqar:// needs openstacksdk ({error}): see Setup in README.md") from error
+            raise ConfigError(f"zaqar:// needs openstacksdk ({error}): see Credentials in docs/operating.md") from error
 
         return ZaqarQueues.from_url(url)
     if scheme == "sqs":

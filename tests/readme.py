@@ -1,4 +1,4 @@
-"""Write README's tables of options and of services from the code itself: `make readme`."""
+"""Write README's table of services and the tables of docs/options.md from the code itself: `make readme`."""
 
 import re
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from claim_queues import Limits, cloud_queues, sqlite, sqs, zaqar
 from claim_queues.command_line import Number, WholeNumber
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+OPTIONS = README.parent / "docs" / "options.md"
 QUEUES = ("queue_url", "create", "request_queue", "response_queue", "dead_letter_queue")
 """Options that mean the same everywhere."""
 SCRIPTS = {
@@ -74,8 +75,13 @@ DIFFERENCES: list[tuple[str, Callable[[Limits], object], str]] = [
 
 
 def written() -> str:
-    """README with its tables as they should be."""
-    return _replaced(_replaced(README.read_text(), "options", _option_tables()), "services", _service_table())
+    """README with its table as it should be."""
+    return _replaced(README.read_text(), "services", _service_table())
+
+
+def written_options() -> str:
+    """docs/options.md with its tables as they should be."""
+    return _replaced(OPTIONS.read_text(), "options", _option_tables())
 
 
 def _replaced(text: str, name: str, table: str) -> str:
@@ -156,3 +162,4 @@ def _help(option: click.Option) -> str:
 
 if __name__ == "__main__":
     README.write_text(written())
+    OPTIONS.write_text(written_options())

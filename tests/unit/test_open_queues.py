@@ -101,5 +101,5 @@ def test_zaqar_without_openstacksdk_says_what_to_install(monkeypatch: pytest.Mon
     monkeypatch.delitem(sys.modules, "claim_queues.zaqar", raising=False)
     monkeypatch.setitem(sys.modules, "openstack", None)
     monkeypatch.setitem(sys.modules, "openstack.connection", None)
-    with pytest.raises(ConfigError, match=r"zaqar:// needs openstacksdk .*Setup in README"):
+    with pytest.raises(ConfigError, match=r"zaqar:// needs openstacksdk .*Credentials in docs/operating"):
         open_queues("zaqar://cloud")
