@@ -18,7 +18,6 @@ import fcntl
 import os
 import pty
 import re
-import shutil
 import signal
 import socket
 import struct
@@ -32,7 +31,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from support import HERE, wait_until
+from support import HERE, tool_or_skip, wait_until
 
 SECONDS = 40.0
 """For one thing to happen: a dead letter takes five attempts with pauses between."""
@@ -45,6 +44,7 @@ EXIT_CODES = {
     ".venv/bin/python widget_producer.py --widget-id=this_is_not_a_valid_widget_id --wait": 1,
     ".venv/bin/python widget_producer.py --widget-id=d34dd34d-54f4-11e5-ad75-3c970e65f731 --wait": 1,
 }
+CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP_AND_RUNNING = 0x40000000, 0x8914, 0x41  # Linux's
 MAKE_STOPPED = 130
 """What make gives when Ctrl-C ends what it runs, however that ends."""
 UNTESTED = {
@@ -57,7 +57,7 @@ UNTESTED = {
 CLAIM = re.compile(r"\b(?:prints|says|shows)\b[^`.]*`([^`]+)`")
 LINK = re.compile(r"<(http://127\.0\.0\.1[^>]*)>")
 TERMINAL = re.compile(r"\bterminal (\d)", re.I)
-PROMPT = re.compile(r"«(\d+)»\Z")
+PROMPT = re.compile(r"<<(\d+)>>\Z")
 LOCKS = ("pyproject.toml", "requirements.lock", "tests/requirements.lock", *(f"tests/servers/{n}.lock" for n in
          ("zaqar18", "zaqar23", "sqs", "fuzz")))  # fmt: skip
 
@@ -122,12 +122,13 @@ class Terminal:
         fcntl.ioctl(self._other, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
         name = os.ttyname(self._other)
         # The first terminal that a session's leader opens is its own: where Ctrl-C comes from.
-        enter = f"export TERM=dumb PS1='«$?»' PS2=; exec bash --norc --noprofile --noediting -i <>{name} >&0 2>&1"
-        self._process = subprocess.Popen(["bash", "-c", enter], cwd=directory, start_new_session=True)
+        enter = f"export TERM=dumb PS1='<<$?>>' PS2=; exec bash --norc --noprofile --noediting -i <>{name} >&0 2>&1"
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self._process = subprocess.Popen(["bash", "-c", enter], cwd=directory, env=env, start_new_session=True)
         self._written = bytearray()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self._command = ""
+        self.command = ""
         self._begun = 0
         self.was_stopped = False
 
@@ -148,7 +149,7 @@ class Terminal:
         return len(self.shown)
 
     def type(self, command: str) -> None:
-        self._command, self._begun, self.was_stopped = command, len(self.shown), False
+        self.command, self._begun, self.was_stopped = command, len(self.shown), False
         os.write(self._side, f"{command}\n".encode())
 
     def press_ctrl_c(self) -> None:
@@ -157,7 +158,7 @@ class Terminal:
 
     def wait_for_end(self) -> int:
         """The exit code of the last command."""
-        self._wait(lambda: not self.is_busy, f"still running: {self._command}")
+        self._wait(lambda: not self.is_busy, f"still running: {self.command}")
         ended = PROMPT.search(self.shown, self._begun)
         assert ended
         return int(ended[1])
@@ -232,7 +233,7 @@ class Newcomer:
             terminal.end()
 
     def _expect_exit_code(self, terminal: Terminal) -> None:
-        code, command = terminal.wait_for_end(), terminal._command
+        code, command = terminal.wait_for_end(), terminal.command
         if command.startswith("make ") and terminal.was_stopped:
             assert code == MAKE_STOPPED
             return
@@ -255,20 +256,22 @@ def _is_open(port: int) -> bool:
 @contextmanager
 def own_network() -> Iterator[None]:
     """A loopback of its own for this thread and what it starts, so that fixed ports are free; else the machine's."""
+    namespace = Path("/proc/thread-self/ns/net")
     libc = ctypes.CDLL(None, use_errno=True)
-    with Path("/proc/thread-self/ns/net").open() as usual:
-        if libc.unshare(0x40000000) != 0:  # CLONE_NEWNET: root's alone
+    with ExitStack() as stack:
+        usual = stack.enter_context(namespace.open()) if namespace.exists() else None
+        if usual is None or libc.unshare(CLONE_NEWNET) != 0:  # that is root's alone
             for port in PORTS:
                 if _is_open(port):
                     pytest.skip(f"port {port} is in use, and this user may not have a network of its own")
             yield
             return
         try:
-            with socket.socket() as any_socket:  # SIOCSIFFLAGS: IFF_UP | IFF_RUNNING
-                fcntl.ioctl(any_socket, 0x8914, struct.pack("16sH14x", b"lo", 0x41))
+            with socket.socket() as any_socket:
+                fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP_AND_RUNNING))
             yield
         finally:
-            assert libc.setns(usual.fileno(), 0) == 0
+            assert libc.setns(usual.fileno(), CLONE_NEWNET) == 0
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +282,15 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pytest.skip(f"needs {needed} (make setup servers)")
     directory = tmp_path_factory.mktemp("newcomer")
     origin, here = directory / "origin", directory / "itchy-octo-chainsaw"
-    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    git = [
+        tool_or_skip("git", package="git"),
+        "-c",
+        "commit.gpgsign=false",
+        "-c",
+        "user.name=test",
+        "-c",
+        "user.email=test@localhost",
+    ]
     subprocess.run([*git, "init", "-q", "--bare", origin], check=True)
     there = [*git, f"--git-dir={origin}", f"--work-tree={HERE}"]
     subprocess.run([*there, "add", "-A", "--", ".", ":!.venv", ":!.venvs"], cwd=HERE, check=True)
@@ -295,8 +306,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.xdist_group("newcomer")
 @pytest.mark.parametrize(("page", "title"), PAGES)
 def test_a_newcomer_can_follow(page: str, title: str, clone: Path) -> None:
-    if shutil.which("bash") is None:
-        pytest.skip("needs bash")
+    tool_or_skip("bash", package="bash")
+    tool_or_skip("make", package="make")
     with own_network(), ExitStack() as stack:
         if page != "README.md":
             subprocess.run([".venv/bin/python", "-m", "claim_queues", "stats"], cwd=clone, check=True)
@@ -309,6 +320,12 @@ def test_a_newcomer_can_follow(page: str, title: str, clone: Path) -> None:
             if step.commands:
                 newcomer.follow(step)
         newcomer.leave()
+
+
+def test_commands_stand_in_sh_blocks_alone() -> None:
+    for page in ("README.md", "docs/operating.md"):
+        fences = re.findall(r"^```(.*)$", (HERE / page).read_text(), re.M)
+        assert set(fences[::2]) <= {"sh", ""}
 
 
 def test_what_is_not_tested_is_there() -> None:
