@@ -57,8 +57,9 @@ sqs: .venv/installed .venvs/sqs/installed  ## run a local SQS server (in memory)
 	@echo "export WIDGET_CREATE=1 WIDGET_QUEUE_URL='sqs://us-east-1?endpoint=http://127.0.0.1:9324'"
 	@.venvs/sqs/bin/python tests/servers/sqs_server.py 9324 >/dev/null || test $$? -eq 130
 
-readme: .venv/tests-installed  ## write the generated tables of README.md and docs/options.md anew
+readme: .venv/tests-installed  ## write the tables of README.md, docs/options.md and docs/services.md anew
 	@PYTHONPATH=. $(BIN)/python tests/readme.py
+	@PYTHONPATH=. $(BIN)/python tests/services_page.py >/dev/null
 
 lock:  ## compile the lock files anew (needs uv)
 	uv pip compile requirements.txt pyproject.toml --extra zaqar --universal --python-version 3.11 \

@@ -76,22 +76,22 @@ DIFFERENCES: list[tuple[str, Callable[[Limits], object], str]] = [
 
 def written() -> str:
     """README with its table as it should be."""
-    return _replaced(README.read_text(), "services", _service_table())
+    return replaced(README.read_text(), "services", service_table())
 
 
 def written_options() -> str:
     """docs/options.md with its tables as they should be."""
-    return _replaced(OPTIONS.read_text(), "options", _option_tables())
+    return replaced(OPTIONS.read_text(), "options", _option_tables())
 
 
-def _replaced(text: str, name: str, table: str) -> str:
+def replaced(text: str, name: str, table: str) -> str:
     """The text with the table between its two marks."""
     begin, end = f"<!-- {name}: written by `make readme` -->\n", f"<!-- end of {name} -->"
     before, _, rest = text.partition(begin)
     return f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
 
 
-def _service_table() -> str:
+def service_table() -> str:
     rows = [f"| | {' | '.join(SERVICES)} | what it means for the scripts |", "| --- " * (len(SERVICES) + 2) + "|"]
     for what, found, meaning in DIFFERENCES:
         rows.append(f"| {what} | {' | '.join(str(found(limits)) for limits in SERVICES.values())} | {meaning} |")
