@@ -45,7 +45,6 @@ LIMITS = """
 - Bodies in the embedded queue's file have checksums, and so has its log (`-wal`); the rest of the file has none. Damage
   there is mostly refused or seen, but it can make single messages vanish. Where the log is damaged, SQLite takes what
   follows for never written: the latest messages are gone, and nothing tells it from a power cut.
-- After a power cut, renewals and releases of the embedded queue may be as if they had never been.
 - A process that is stopped (SIGSTOP) within a transaction keeps the embedded queue locked for all until it goes on or
   is killed. One that is stopped between the look at its claim and the POST sends that POST late.
 - A disk that says it has written what it has not, and a queue file on a network file system, can lose anything.
