@@ -11,7 +11,7 @@ from typing import Any
 
 from . import environments
 from .processes import cpu_s, end, has_ended, rss_mib, waited_s
-from .stage import DIRECTORY, MAKER_CORE, Maker, last_json, rate, stage, wrk
+from .stage import DIRECTORY, MAKER_CORE, Maker, last_json, rate, stage, steady_rate, wrk
 
 Record = dict[str, Any]
 
@@ -64,6 +64,7 @@ def drain(contestant: Contestant, *, count: int, processes: int = 1, pinned: boo
         record |= {
             "wrk_per_s": on.wrk_per_s,
             "per_s": per_s,
+            "steady_per_s": steady_rate(widgets.values()),
             "of_wrk": per_s / on.wrk_per_s,
             "cpu_us": (costs[0] - early_costs[0]) / (made - early) * 1e6,
             "service_cpu_us": (costs[1] - early_costs[1]) / (made - early) * 1e6,

@@ -103,6 +103,12 @@ def rate(moments: Collection[float]) -> float:
     return (len(moments) - 1) / (max(moments) - min(moments))
 
 
+def steady_rate(moments: Collection[float]) -> float:
+    """Per second, without the first and the last tenth: there one of two processes still starts, or has ended."""
+    tenth = len(moments) // 10
+    return rate(sorted(moments)[tenth : len(moments) - tenth])
+
+
 def wrk(env: dict[str, str], core: str | None, *, seconds: float, connections: int = 8, delay_ms: float = 0) -> Any:
     """What wrk says of the maker: `per_s`, `p50_ms`, `p99_ms`, `errors`. delay_ms: mean pause of a connection."""
     command = (
