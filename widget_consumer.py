@@ -408,9 +408,11 @@ class Consumer:
         if delivery.alone:  # before the look at the claim: this may take as long as a POST
             delivery.well_before = self._maker.is_healthy()
         # A stop may wait for one POST's deadline, not for a look at /healthz beside it.
-        if not self._stopping and self._keeper.holds(delivery.held, self._maker.deadline_s + POST_SPARE_S):
-            if delivery.on_trial:
-                self._charge(delivery)
+        is_ready = not self._stopping and self._keeper.holds(delivery.held, self._maker.deadline_s + POST_SPARE_S)
+        if is_ready and delivery.on_trial:
+            self._charge(delivery)  # takes seconds while another process keeps the counts locked
+            is_ready = self._keeper.holds(delivery.held, self._maker.deadline_s)
+        if is_ready:
             return True
         with self._lock:
             self._posting -= 1

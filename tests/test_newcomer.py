@@ -293,7 +293,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     subprocess.run([*git, "init", "-q", "--bare", origin], check=True)
     there = [*git, f"--git-dir={origin}", f"--work-tree={HERE}"]
-    subprocess.run([*there, "add", "-A", "--", ".", ":!.venv", ":!.venvs"], cwd=HERE, check=True)
+    subprocess.run([*there, "add", "-A"], cwd=HERE, check=True)
+    # Where these are links they are not ignored.
+    subprocess.run([*there, "rm", "-rq", "--cached", "--ignore-unmatch", ".venv", ".venvs"], cwd=HERE, check=True)
     subprocess.run([*there, "commit", "-qm", "as it is"], cwd=HERE, check=True)
     subprocess.run([*git, "clone", "-q", origin, here], check=True)
     for name in (".venv", ".venvs"):
