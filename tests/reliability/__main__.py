@@ -38,8 +38,8 @@ LIMITS = """
 - Amazon SQS and Zaqar can give one message to two consumers at once, and SQS cannot refuse a late delete. The consumer
   deletes only what has its outcome, and the maker makes each widget once: that is what protects there.
 - Receives are counted by `--receive-counts` where the service does not: consumers of several machines that count apart
-  deliver a message up to `--max-receives` times each. One that lost its claim unseen (it stood still, or the clock of the
-  embedded queue's machine jumped ahead by a claim TTL) may POST once more what another has received since.
+  deliver a message up to `--max-receives` times each. One that lost its claim unseen (it stood still, or its
+  machine's clock jumped ahead by a claim TTL) may POST once more what another has received since.
 - A response can come twice where it is not in the same file as the request. `response_id` tells that it is the same.
 - After a power cut, the last claims, renewals and releases of the embedded queue may be as if they had never been: a
   message is then delivered again, and its receive not counted.

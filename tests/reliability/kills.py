@@ -49,20 +49,21 @@ def kill_producers(scale: float) -> Result:
     """A producer is killed while it posts; what it has reported is there, what it has not may be."""
     kills, each = scaled(200, scale), 400
     chance = random.Random(2)
-    complete = 0
+    killed = complete = 0
     with trial() as made, made.maker():
         consumers = [made.consumer("--post-batch", 20) for _ in range(2)]
-        for _ in range(kills):
+        while killed < kills:
             producer = made.producer(widget_ids(each), Plan(history=made.path("unused"), post_batch=10))
             time.sleep(chance.uniform(0, 0.12))
             producer.kill()
             complete += producer.process.exitcode == 0
+            killed += producer.process.exitcode != 0
         for consumer in consumers:
             consumer.kill()
             made.deaths += 1
         made.drain("--post-batch", 20, seconds=400)
         counts, violations = made.check()
-        return Result({"kills": kills - complete, "too late": complete, **counts}, violations)
+        return Result({"kills": killed, "too late": complete, **counts}, violations)
 
 
 def kill_makers(scale: float) -> Result:
