@@ -183,18 +183,10 @@ class ZaqarQueues(ZaqarApi):
     def _send(self, what: str, method: str, path: str, instead: Refusals, **options: Any) -> Answer:
         self.requests[what.partition(" ")[0]] += 1
         try:
-            # Past the message proxy's own request(), which warns of its own deprecations at every call (4.22).
-            answer = Adapter.request(
-                self._connection.message,
-                path,
-                method,
-                headers=self._headers,
-                raise_exc=False,
-                redirect=False,
-                connect_retries=0,
-                status_code_retries=0,
-                **options,
-            )
+            answer = self._request(path, method, options)
+            if answer.status_code == requests.codes.unauthorized:
+                # keystoneauth renews a token that has run out, but not for a thread that meets it while another does.
+                answer = self._request(path, method, options)
         except SDK_ERRORS as error:
             # keystoneauth made its error of one of requests.
             raise translated(error, what, ERRORS, error.__context__) from error
@@ -205,6 +197,20 @@ class ZaqarQueues(ZaqarApi):
         if "claim" not in said.lower():  # then no claim is lost
             instead = {code: row for code, row in instead.items() if row[0] is not ClaimLost}
         raise self._refused(what, status, f"HTTP {status} {said}", retry_after_s(answer), instead)
+
+    def _request(self, path: str, method: str, options: dict[str, Any]) -> requests.Response:
+        # Past the message proxy's own request(), which warns of its own deprecations at every call (4.22).
+        return Adapter.request(
+            self._connection.message,
+            path,
+            method,
+            headers=self._headers,
+            raise_exc=False,
+            redirect=False,
+            connect_retries=0,
+            status_code_retries=0,
+            **options,
+        )
 
     def _page(self, queue: str, after: str, limit: int, claimed: bool, **more: str) -> Page:
         """One request's worth; the delayed with the claimed."""

@@ -15,6 +15,7 @@ import requests
 from fault_proxy import FaultProxy, Raw, Reply, Request
 from keystone_double import SECRET as CANARY
 from keystone_double import KeystoneDouble
+from keystoneauth1.identity.base import BaseIdentityPlugin
 
 from claim_queues import (
     Claim,
@@ -729,6 +730,18 @@ def test_a_token_that_is_no_longer_taken_is_replaced_once(keystone, proxy):
     assert len(keystone.tokens) == 1
 
 
+def test_a_token_that_another_thread_is_just_replacing_is_no_credentials_error(keystone, proxy, monkeypatch):
+    def is_taken_by_another(self):
+        self.auth_ref = None
+        return False  # nothing was left to invalidate: keystoneauth takes the refusal for final
+
+    with ZaqarQueues.from_url("zaqar://mine") as queues:
+        queues.create(queue := new_name())
+        keystone.tokens.clear()
+        monkeypatch.setattr(BaseIdentityPlugin, "invalidate", is_taken_by_another)
+        assert queues.exists(queue)
+
+
 def test_a_token_that_is_refused_for_ever_is_a_credentials_error(keystone, proxy):
     with ZaqarQueues.from_url("zaqar://mine") as queues:
         queues.create(new_name())
@@ -736,7 +749,7 @@ def test_a_token_that_is_refused_for_ever_is_a_credentials_error(keystone, proxy
         with pytest.raises(CredentialsError, match="does not take the token"):
             queues.create(new_name())
 
-    assert len(keystone.tokens) == 2
+    assert len(keystone.tokens) == 3
 
 
 def test_credentials_that_keystone_refuses_are_a_credentials_error(keystone):
