@@ -1,6 +1,5 @@
-"""The queue services with the scripts' own view of them, and logging as it was before a script in this process."""
+"""The queue services with the scripts' own view of them."""
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,14 +15,3 @@ def service(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
             if name != "PYTHONPATH":
                 monkeypatch.setenv(name, value)
         yield service
-
-
-@pytest.fixture(autouse=True)
-def logging_as_it_was() -> Iterator[None]:
-    names = (None, "urllib3", "botocore", "keystoneauth", "pyrax")
-    root = logging.getLogger()
-    handlers, levels = root.handlers[:], {name: logging.getLogger(name).level for name in names}
-    yield
-    root.handlers[:] = handlers
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
