@@ -1,4 +1,4 @@
-"""For every test a clean environment (no options, credentials, proxies or state of the user's) and logging as it was."""
+"""For every test a clean environment, without options, credentials, proxies or state of the user, and its own logging."""
 
 import logging
 import os
