@@ -1,4 +1,4 @@
-"""For every test a clean environment, without options, credentials, proxies or state of the user, and its own logging."""
+"""For every test a clean environment, and logging as it was: no options, credentials, proxies or state of the user."""
 
 import logging
 import os
