@@ -141,6 +141,8 @@ def _place(name: str, item: tuple[tuple[Any, ...], list[Record]]) -> Any:
 
 def _figure(values: Iterable[float], digits: int) -> str:
     values = sorted(values)
+    if not values:  # measured before this was
+        return ""
     middle, low, high = (f"{value:,.{digits}f}" for value in (statistics.median(values), values[0], values[-1]))
     return f"{middle} ({low} to {high})" if low != high else middle
 
