@@ -1,7 +1,7 @@
 """Measure the project against what a user would pick instead: see docs/performance.md. Run by `make bench`.
 
-Each table runs all its contestants round by round, every other round backwards. A full table goes to
-bench/results/TABLE.json and into docs/performance.md; a part of one (ONLY) is printed alone.
+Each table runs all its contestants round by round, every other round backwards. A whole table of three rounds or more
+goes to bench/results/TABLE.json and into docs/performance.md; any other is printed alone.
 """
 
 import fnmatch
@@ -32,6 +32,7 @@ BACKLOGS = {
     "persist-queue": (1_000, 10_000),
 }
 """Messages waiting; the peers post one by one."""
+LEAST_ROUNDS = 3
 MAKERS = ("own", "waitress")
 CONNECTIONS = (8, 32)
 
@@ -126,7 +127,7 @@ def measure(table: str, wanted: list[Run], rounds: int, head: Record) -> Record:
     return {"run": head, "records": records}
 
 
-def describe(needs: set[str], rounds: int) -> Record:
+def describe(needs: set[str], rounds: int, count: int) -> Record:
     """What the figures depend on: commit, machine, versions."""
     git = ["git", "-C", str(environments.ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True).stdout
@@ -138,6 +139,7 @@ def describe(needs: set[str], rounds: int) -> Record:
         "machine": f"{os.cpu_count()} cores, {models[0].partition(': ')[2] if models else platform.machine()}",
         "system": f"Linux {platform.release()}, Python {platform.python_version()}",
         "rounds": rounds,
+        "count": count,
         "favour": FAVOUR,
         "load": os.getloadavg()[0],
         "versions": environments.versions(needs),
@@ -161,10 +163,13 @@ def main(only: str, table: str, rounds: int, count: int) -> None:
         every = list(TABLES[name](contestants, count))
         wanted = [run for run in every if any(fnmatch.fnmatch(run[0]["contestant"], found) for found in patterns)]
         named = {run[0]["contestant"] for run in wanted}
+        if not named:
+            click.echo(f"{name}: none of its contestants is called {only}", err=True)
+            continue
         needs = NEEDS.get(name, set()).union(*(one.needs for one in contestants if one.name in named))
         environments.prepare(needs)
-        result = measure(name, wanted, rounds, describe(needs, rounds))
-        if len(wanted) == len(every):
+        result = measure(name, wanted, rounds, describe(needs, rounds, count))
+        if len(wanted) == len(every) and rounds >= LEAST_ROUNDS:
             report.RESULTS.mkdir(exist_ok=True)
             (report.RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
             complete = True

@@ -16,8 +16,8 @@ INTRODUCTION = """\
 # Performance
 
 Written by `make bench`; the contestants, each with its settings, are in `bench/contestants.toml`. `make bench
-TABLE=pinned ONLY='ours*,taskiq'` measures a part again and prints it alone; `ROUNDS` and `COUNT` are taken too. It
-needs Linux with two cores and the Debian packages redis-server, wrk, nodejs and npm.
+TABLE=pinned ONLY='ours*,taskiq'` measures a part again and prints it alone, as it does whole tables of fewer than 3
+rounds (`ROUNDS=1 COUNT=1000`). It needs Linux with two cores and the Debian packages redis-server, wrk, nodejs and npm.
 
 The work is the same for all: widget requests wait in a queue, each is POSTed as JSON to the same `widget_maker.py`
 (one process, every commit synced), and each widget must be made exactly once, which is checked afterwards in the
@@ -39,14 +39,16 @@ TITLES = {
         "One and two processes, with the maker out of the way",
         (
             "An endpoint that only answers takes the maker's place; nothing is pinned. In the first and the last tenth"
-            " one of two processes may still start, or have ended."
+            " one of two processes may still start, or have ended. Idle: how many of the machine's cores had nothing to"
+            " do, or waited for the disk."
         ),
     ),
     "latency": (
         "Latency at 50 requests a second",
         (
             "Pinned as above. From just before a request's post until the maker's answer leaves. Idle: what the"
-            " consumer takes of a core with nothing to do."
+            " consumer takes of a core with nothing to do. Zaqar and Cloud Queues have no long poll: what is posted"
+            " after a rest waits for up to --poll-interval (2 s), which is their p99 here."
         ),
     ),
     "requests": (
@@ -175,7 +177,14 @@ DRAIN: list[Column] = [
 COLUMNS: dict[str, list[Column]] = {
     "pinned": DRAIN,
     "unpinned": DRAIN,
-    "answering": [DRAIN[0], _number("without first and last tenth", "steady_per_s"), DRAIN[2], DRAIN[6]],
+    "answering": [
+        DRAIN[0],
+        _number("without first and last tenth", "steady_per_s"),
+        DRAIN[2],
+        _number("endpoint CPU µs/widget", "maker_cpu_us"),
+        _number("idle cores", "idle_cores", 2),
+        DRAIN[6],
+    ],
     "latency": [
         _number("p50 ms", "p50_ms", 2),
         _number("p99 ms", "p99_ms", 2),
@@ -211,8 +220,10 @@ def _origin(result: Record) -> str:
     run, spins = result["run"], [record["spin_ms"] for record in result["records"]]
     favour = f"favoured by nice {run['favour']}; " if run["favour"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    size = f" of COUNT={run['count']}" if "count" in run else ""
     return (
-        f"{run['at']}, commit {run['commit']}; {run['machine']}; {run['system']}; {run['rounds']} rounds;"
+        f"{run['at']}, commit {run['commit']}; {run['machine']}; {run['system']}; {run['rounds']} rounds"
+        f"{size};"
         f" load average {run['load']:.1f} at the start; {favour}a loop of 100,000 additions took"
         f" {_figure(spins, 1)} ms of CPU before the runs.{f' {versions}.' if versions else ''}"
     )

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from . import environments
-from .processes import cpu_s, end, has_ended, rss_mib, waited_s
+from .processes import cpu_s, end, has_ended, idle_s, rss_mib, waited_s
 from .stage import DIRECTORY, MAKER_CORE, Maker, last_json, rate, stage, steady_rate, wrk
 
 Record = dict[str, Any]
 
 LONGEST_RUN_S = 300
-LOOK_EVERY_S = 0.02
+LOOK_EVERY_S = 0.05
 WARM_S = 1.0
 """So much of the latency's trickle is not counted."""
 
@@ -53,9 +53,12 @@ def drain(contestant: Contestant, *, count: int, processes: int = 1, pinned: boo
         try:
             early = _wait_for(on.maker, max(count // 10, 1), worker)
             early_costs = cpu_s(worker), cpu_s(on.service)
+            early_at, early_idle_s = time.monotonic(), idle_s()
             made = _wait_for(on.maker, count, worker)
+            record["idle_cores"] = (idle_s() - early_idle_s) / (time.monotonic() - early_at)
             costs = cpu_s(worker), cpu_s(on.service)
-            record |= {"rss_mib": rss_mib(worker), "waited_s": waited_s(worker)}
+            if not has_ended(worker):  # a loop ends by itself, perhaps before it is looked at
+                record |= {"rss_mib": rss_mib(worker), "waited_s": waited_s(worker)}
         finally:
             end(worker)
         time.sleep(0.1)  # for what would be made twice
