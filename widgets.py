@@ -42,6 +42,8 @@ class Widgets:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._wishes: deque[Wish] = deque()
+        self._turn = threading.Condition()
+        self._is_making = False
         # Two connections: one can look at the widgets while a POST waits for the disk or for another process.
         self._writer, self._reader = (
             (open_store(path, application_id=APPLICATION_ID, version=SCHEMA_VERSION, schema=SCHEMA), threading.Lock())
@@ -55,18 +57,32 @@ class Widgets:
         """
         wish = Wish(widget_ids)
         self._wishes.append(wish)
-        with self._using(*self._writer) as connection:
-            if wish.made is None:
-                wishes = [self._wishes.popleft() for _ in range(len(self._wishes))]
-                try:
-                    with transaction(connection):
-                        found = [[_make(connection, widget_id) for widget_id in each.widget_ids] for each in wishes]
-                except BaseException:
-                    self._wishes.extend(each for each in wishes if each is not wish)  # each fails by itself
-                    raise
-                for each, made in zip(wishes, found, strict=True):
-                    each.made = made
+        with self._turn:
+            if not self._turn.wait_for(lambda: wish.made is not None or not self._is_making, BUSY_TIMEOUT_S):
+                raise self._waited_too_long()
+            if wish.made is not None:
+                return wish.made
+            self._is_making = True
+        try:
+            self._make_all(wish)
+        finally:
+            with self._turn:
+                self._is_making = False
+                self._turn.notify_all()  # whose wish has come true must not wait behind the next commit
         return wish.made or []
+
+    def _make_all(self, wish: Wish) -> None:
+        """Make what all wish for by now; the wish is one of them."""
+        with self._using(*self._writer) as connection:
+            wishes = [self._wishes.popleft() for _ in range(len(self._wishes))]
+            try:
+                with transaction(connection):
+                    found = [[_make(connection, widget_id) for widget_id in each.widget_ids] for each in wishes]
+            except BaseException:
+                self._wishes.extend(each for each in wishes if each is not wish)  # each fails by itself
+                raise
+            for each, made in zip(wishes, found, strict=True):
+                each.made = made
 
     def find(self, widget_id: str) -> dict[str, Any] | None:
         """The widget of that id, or None."""
@@ -117,12 +133,15 @@ class Widgets:
     @contextmanager
     def _using(self, connection: apsw.Connection, lock: threading.Lock) -> Iterator[apsw.Connection]:
         if not lock.acquire(timeout=BUSY_TIMEOUT_S):
-            raise QueueUnavailable(f"{self._path}: others waited for it for {BUSY_TIMEOUT_S:.0f} s")
+            raise self._waited_too_long()
         try:
             with store_errors(self._path):
                 yield connection
         finally:
             lock.release()
+
+    def _waited_too_long(self) -> QueueUnavailable:
+        return QueueUnavailable(f"{self._path}: others waited for it for {BUSY_TIMEOUT_S:.0f} s")
 
 
 def _make(connection: apsw.Connection, widget_id: str) -> tuple[dict[str, Any], bool]:
