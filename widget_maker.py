@@ -181,8 +181,10 @@ class Bodies:
         try:
             self._signer.check(dict(request.headers), body)
         except BadSignature as error:
-            what = f"Standard Webhooks: {error}: give the consumer this maker's --signing-secret-file or -keyring"
-            raise Refused(401, "bad_signature", what) from error
+            advice = "give the consumer this maker's --signing-secret-file or -keyring"
+            if "timestamp too" in str(error):
+                advice = "set the clocks of the consumer's machine and of this one"
+            raise Refused(401, "bad_signature", f"Standard Webhooks: {error}: {advice}") from error
 
 
 def check_media_type() -> None:
@@ -242,6 +244,13 @@ def _is_item(item: Any) -> bool:
     return isinstance(item, dict) and isinstance(item.get("message_id"), str) and "request" in item
 
 
+def parse_batched(content: Any) -> str:
+    """As parse_request, for a request of a batch: refused too if it is too large to be POSTed alone."""
+    if len(json.dumps(content)) > MOST_BODY_BYTES:
+        raise Refused(413, "request_entity_too_large", f"a request may have {MOST_BODY_BYTES:,} bytes")
+    return parse_request(content)
+
+
 def parse_widget_id(value: object) -> str:
     """The widget id in lower case, a canonical UUID of version 1; Refused says what is wrong with it."""
     if not isinstance(value, str):
@@ -283,9 +292,11 @@ class Making:
         self._faults = faults
         self._numbers = numbers
 
-    def make(self, contents: Sequence[Any]) -> list[tuple[dict[str, Any], int] | Refused]:
+    def make(
+        self, contents: Sequence[Any], parse: Callable[[Any], str] = parse_request
+    ) -> list[tuple[dict[str, Any], int] | Refused]:
         """What becomes of each request: a widget and its HTTP status, or why not. All are safe on disk at once."""
-        found = [_attempt(parse_request, content) for content in contents]
+        found = [_attempt(parse, content) for content in contents]
         self._play_latency([each for each in found if isinstance(each, str)])
         found = [_attempt(self._play_failure, each) if isinstance(each, str) else each for each in found]
         accepted = [each for each in found if isinstance(each, str)]
@@ -355,7 +366,7 @@ def _add_post(app: Flask, making: Making, bodies: Bodies, widgets: Widgets, numb
         making.play_outage()
         batch = parse_batch(bodies.read(MOST_BATCH_BYTES))
         answers = []
-        for message_id, answer in zip(batch, making.make(list(batch.values())), strict=True):
+        for message_id, answer in zip(batch, making.make(list(batch.values()), parse_batched), strict=True):
             if isinstance(answer, Refused):
                 numbers.refused(answer.code, answer.error_code)
                 body, status = error_body(answer.error_code, answer.description), answer.code

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
@@ -24,6 +24,7 @@ from support import wait_until
 
 import claim_queues.store
 import widget_maker
+import widgets as widgets_module
 from claim_queues import StoreError
 from claim_queues.signing import Signer
 from page import chooser, measure_rates, read_id, round_up
@@ -395,6 +396,21 @@ def test_a_batch_may_have_twenty_requests_of_the_greatest_size(client: FlaskClie
     assert (response.status_code, error_code(response)) == (413, "request_entity_too_large")
 
 
+def test_a_request_too_large_to_be_posted_alone_is_refused_in_a_batch_too(client: FlaskClient) -> None:
+    frame = len(json.dumps({"widget_id": ID, "note": ""}))
+    fits, over = (
+        {"widget_id": id_, "note": "é" * ((LIMIT_BYTES - frame) // 6) + "x" * ((LIMIT_BYTES - frame) % 6 + more)}
+        for id_, more in ((ID, 0), (OTHER_ID, 1))
+    )
+    items = [{"message_id": "fits", "request": fits}, {"message_id": "over", "request": over}, item("good")]
+    found = answers(post_batch(client, *items))
+    assert {id_: status for id_, (status, _) in found.items()} == {"fits": 201, "over": 413, "good": 200}
+    assert found["over"][1]["error"]["code"] == "request_entity_too_large"
+    for request_, status in ((fits, 200), (over, 413)):
+        assert client.post("/widgets", data=json.dumps(request_), content_type="application/json").status_code == status
+    assert widget_ids(client) == [ID]
+
+
 def test_faults_strike_the_items_of_a_batch_one_by_one(start: Callable[..., FlaskClient]) -> None:
     waits: list[float] = []
     faults = Faults(fail_rate=1.0, latency_s=2.0, ids=frozenset([ID]), sleep=waits.append)
@@ -453,6 +469,13 @@ def test_what_is_not_signed_is_answered_401_and_makes_nothing(
     assert (response.status_code, error_code(response)) == (401, "bad_signature")
     assert response.headers["WWW-Authenticate"] == "StandardWebhooks"
     assert widget_ids(signing) == []
+
+
+@pytest.mark.parametrize("ahead_s", [-310, 310])
+def test_a_signature_of_another_time_is_a_matter_of_clocks_not_of_secrets(signing: FlaskClient, ahead_s: int) -> None:
+    said = post_signed(signing, signed(BODY, ahead_s=ahead_s)).json["error"]["message"]
+    assert "set the clocks" in said
+    assert "secret" not in said
 
 
 def test_a_signed_post_that_is_sent_again_changes_nothing(signing: FlaskClient) -> None:
@@ -737,27 +760,32 @@ def test_a_plot_ends_at_a_round_number(number: float, top: float) -> None:
     assert round_up(number) == pytest.approx(top)
 
 
-def test_pages_are_fast_with_100_000_widgets_and_the_last_as_fast_as_the_first(
+def test_pages_with_100_000_widgets_are_as_fast_as_with_100_and_the_last_as_the_first(
     start: Callable[..., FlaskClient], other_process: apsw.Connection
 ) -> None:
     client = start()
     now = datetime.now(UTC)
-    with other_process:
-        insert(other_process, *(now - timedelta(seconds=400 - number / 250) for number in range(100_000)))
 
-    def took(path: str) -> list[float]:
-        """Seconds that 20 answers took, from the fastest on."""
+    def make(numbers: range) -> None:
+        with other_process:
+            insert(other_process, *(now - timedelta(seconds=400 - number / 250) for number in numbers))
+
+    def took(path: str) -> float:
+        """Seconds of the fastest of 20 answers: other work on the machine slows down some of them."""
         seconds = []
         for _ in range(20):
             began = time.perf_counter()
             browse(client, path)
             seconds.append(time.perf_counter() - began)
-        return sorted(seconds)
+        return min(seconds)
 
+    make(range(100))
+    with_100 = took("/")
+    make(range(100, 100_000))
     browse(client, "/")
     first, last, found = took("/"), took(ways(browse(client, "/"))["Oldest"]), took("/search?id=ff&after=ff8")
-    assert max(first[18], last[18], found[18]) < 0.1
-    assert max(last[0], found[0]) < 2 * first[0]
+    assert max(first, last, found) < 3 * with_100
+    assert max(last, found) < 2 * first
 
 
 def test_a_search_reads_no_more_rows_than_it_shows(client: FlaskClient, other_process: apsw.Connection) -> None:
@@ -973,6 +1001,32 @@ def test_what_is_asked_for_during_a_commit_is_committed_together(database: Path)
             ]
     assert seen.count("COMMIT") == 2
     widgets.close()
+
+
+def test_nobody_whose_widget_is_made_waits_behind_the_commits_of_others(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits: list[float] = []
+    usual = widgets_module.transaction
+
+    @contextmanager
+    def slow(connection: apsw.Connection) -> Iterator[None]:
+        with usual(connection):
+            yield
+            time.sleep(0.01)  # a disk that takes long to sync
+        commits.append(time.monotonic())
+
+    monkeypatch.setattr(widgets_module, "transaction", slow)
+    widgets = Widgets(database)
+
+    def make_some(maker: int) -> None:
+        for number in range(20):
+            widgets.make([number_n(20 * maker + number)])
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(make_some, range(16)))
+    widgets.close()
+    assert len(commits) <= 80  # 40 if each takes along all that waited for it
 
 
 def test_wishes_that_cannot_be_fulfilled_fail_one_by_one(database: Path) -> None:
