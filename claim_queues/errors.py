@@ -41,6 +41,10 @@ class StoreError(QueuesError):
     exit_code = 5
 
 
+class SyncFailed(StoreError):
+    """What was just written is in the file and may be lost in a power cut; the file is not to be used further."""
+
+
 class QueueError(QueuesError):
     """The queue service refused or failed; the service's own error is the cause."""
 
@@ -54,6 +58,10 @@ class QueueUnavailable(QueueError):
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class AnswerLost(QueueUnavailable):
+    """The request was sent, and nobody knows what the service did."""
 
 
 class QueueNotFound(QueueError):

@@ -17,11 +17,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .base import JSON, Claim, Limits, Message, Page, Queues, Range, Settled, Settlement, Stats, decode
-from .errors import ClaimLost, ConfigError, MessageRefused, StoreError
+from .errors import ClaimLost, ConfigError, MessageRefused, PostIncomplete, StoreError, SyncFailed
 from .store import open_store, store_errors, sync, sync_later, transaction
 
 try:
@@ -89,9 +91,21 @@ COLUMNS = "place, body, posted, expires, receives, checksum"
 class _Seen(NamedTuple):
     """What a look found: free messages, ones whose hold or delay has ended, and any in the file that have expired."""
 
-    free: int
-    lapsed: int
-    expired: int
+    free: bool
+    lapsed: bool
+    expired: bool
+
+
+ANYTHING = _Seen(free=True, lapsed=True, expired=True)
+"""What a claim allows for after one that was full: a look would cost more than it saves."""
+
+
+@dataclass(slots=True)
+class _Write:
+    """A transaction under way. now: when it began, in UTC milliseconds. synced: durable when the block has ended."""
+
+    now: int
+    synced: bool
 
 
 class SqliteQueues(Queues):
@@ -105,11 +119,14 @@ class SqliteQueues(Queues):
         self.requests = Counter()
         self._clock = clock
         # One connection: threads queue here, only processes meet in SQLite.
-        self._lock = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
         self._in_use = 0
+        self._unused = threading.Condition(self._lock)
         self._watches: list[Any] = []
         self._numbers: dict[str, int] = {}
-        self._synced_to = 0
+        self._synced_to = 0  # places are given in the order of commits: what lies before it is synced too
+        self._failed_sync = ""
+        self._full: set[str] = set()
         self._connection = open_store(
             path, application_id=APPLICATION_ID, version=SCHEMA_VERSION, schema=SCHEMA, upgrade=UPGRADE
         )
@@ -132,25 +149,28 @@ class SqliteQueues(Queues):
         texts = [self.limits.encode(body) for body in bodies]
         if not texts:
             return []
-        with self._writing(wakes=True) as now:
-            self._insert(now, [(queue, text, ttl) for text in texts])
-            last = self._connection.last_insert_rowid()
+        try:
+            with self._writing(wakes=True) as write:
+                self._insert(write.now, [(queue, text, ttl) for text in texts])
+                last = self._connection.last_insert_rowid()
+        except SyncFailed as error:
+            raise PostIncomplete(str(error), accepted={}, refused={}, unknown=range(len(texts))) from error
         return [self._id(place) for place in range(last - len(texts) + 1, last + 1)]
 
     def claim(self, queue: str, *, ttl: int, grace: int, limit: int, wait: float = 0) -> Claim | None:
         self.limits.check_claim(ttl=ttl, grace=grace, limit=limit)
-        with self._waiting(wait) as wait_for_post:
-            while True:
-                seen = self._look(queue)
-                if any(seen) and (claim := self._claim(queue, ttl, grace, limit, seen)):
-                    return claim
-                if not wait_for_post(queue):
-                    return None
+        claim = self._claim(queue, ttl, grace, limit)
+        if claim is None and wait > 0:
+            with self._waiting(wait) as wait_for_post:
+                while (claim := self._claim(queue, ttl, grace, limit)) is None and wait_for_post(queue):
+                    pass
+        return claim
 
     def renew(self, claim: Claim, *, ttl: int, messages: Collection[Message] | None = None) -> None:
         self.limits.check_claim(ttl=ttl, grace=claim.grace, limit=1)
-        with self._writing(synced=False) as now:
-            values = self._held(claim, messages, now) | {"until": now + ttl * 1000, "grace": claim.grace * 1000}
+        with self._writing(synced=False) as write:
+            values = self._held(claim, messages, write.now)
+            values |= {"until": write.now + ttl * 1000, "grace": claim.grace * 1000}
             self._connection.execute(f"UPDATE messages SET held_until = :until WHERE {HELD_BY_CLAIM}", values)
             if self._connection.changes() == 0:
                 raise ClaimLost(f"claim {claim.id} on {claim.queue} lapsed or was released")
@@ -168,14 +188,15 @@ class SqliteQueues(Queues):
                 refused[message.id] = error
             else:
                 acceptable[self._place(message)] = message.id, texts
-        with self._writing(wakes=any(texts for _, texts in acceptable.values())) as now:
+        with self._writing(wakes=any(texts for _, texts in acceptable.values())) as write:
             # One transaction: posts and deletes become durable together, so their order here is free.
-            rows = self._connection.execute(
+            rows: list[Any] = self._connection.execute(
                 f"DELETE FROM messages WHERE {HELD_BY_CLAIM} RETURNING place",
-                {"places": json.dumps(list(acceptable)), "claim": claim.id, "now": now},
-            )
+                {"places": json.dumps(list(acceptable)), "claim": claim.id, "now": write.now},
+            ).fetchall()
             ended = [acceptable.pop(place) for (place,) in rows]
-            self._insert(now, [post for _, texts in ended for post in texts])
+            if texts := [text for _, texts in ended for text in texts]:
+                self._insert(write.now, texts)
         return Settled(
             deleted=frozenset(id_ for id_, _ in ended),
             lost=frozenset(id_ for id_, _ in acceptable.values()),
@@ -184,11 +205,9 @@ class SqliteQueues(Queues):
 
     def release(self, claim: Claim, messages: Collection[Message] | None = None, *, delay: float = 0) -> None:
         self.limits.check_release(delay=delay)
-        with self._writing(synced=False, wakes=True) as now:
-            values = self._held(claim, messages, now) | {
-                "until": now + round(delay * 1000),
-                "grace": claim.grace * 1000,
-            }
+        with self._writing(synced=False, wakes=True) as write:
+            values = self._held(claim, messages, write.now)
+            values |= {"until": write.now + round(delay * 1000), "grace": claim.grace * 1000}
             # A delay must not be what ends a message's life.
             self._connection.execute(f"{LIVE_ON} AND held_until > :now", values)
             self._connection.execute(
@@ -198,11 +217,13 @@ class SqliteQueues(Queues):
     def browse(self, queue: str, *, after: str = "", limit: int = 20, claimed: bool = False, wait: float = 0) -> Page:
         if not re.fullmatch("[0-9]{0,18}", after):
             raise ConfigError(f"{after!r} is no marker of {self.address}")
-        with self._waiting(wait) as wait_for_post:
-            while True:
-                page = self._browse(queue, int(after or 0), limit, claimed)
-                if page.messages or not wait_for_post(queue):
-                    return page
+        look = partial(self._browse, queue, int(after or 0), limit, claimed)
+        page = look()
+        if not page.messages and wait > 0:
+            with self._waiting(wait) as wait_for_post:
+                while not (page := look()).messages and wait_for_post(queue):
+                    pass
+        return page
 
     def end_marker(self, queue: str) -> str:
         self.limits.check_queue(queue)
@@ -213,10 +234,10 @@ class SqliteQueues(Queues):
         # Callers may hand in any text; ids of other files have no place here.
         found = (PLACE.fullmatch(id_) for id_ in ids)
         places = [int(match[2], 16) for match in found if match and match[1] == self._store_id]
-        with self._writing() as now:
+        with self._writing() as write:
             self._connection.execute(
                 f"DELETE FROM messages WHERE {IN_PLACES} AND queue = :queue AND (claim IS NULL OR held_until <= :now)",
-                {"places": json.dumps(places), "queue": self._number(queue), "now": now},
+                {"places": json.dumps(places), "queue": self._number(queue), "now": write.now},
             )
 
     def purge(self, queue: str) -> None:
@@ -246,8 +267,8 @@ class SqliteQueues(Queues):
 
     def close(self) -> None:
         self.stop_waiting()
-        with self._lock:
-            self._lock.wait_for(lambda: not self._in_use)
+        with self._unused:
+            self._unused.wait_for(lambda: not self._in_use)
             self._connection.close()
             self._log.close()
             self._stop_reader.close()
@@ -262,10 +283,14 @@ class SqliteQueues(Queues):
             raise StoreError(f"{self._path}: is damaged ({problem}): restore a copy, or move it away")
         return []
 
-    def _claim(self, queue: str, ttl: int, grace: int, limit: int, seen: _Seen) -> Claim | None:
-        """Claim in one transaction, after what was seen to have lapsed or expired is cleared away."""
+    def _claim(self, queue: str, ttl: int, grace: int, limit: int) -> Claim | None:
+        """Claim in one transaction, after what is seen to have lapsed or expired is cleared away."""
+        seen = ANYTHING if queue in self._full else self._look(queue)
+        if not any(seen):
+            return None
         claim_id = os.urandom(12).hex()
-        with self._writing(synced=False) as now:
+        with self._writing(synced=False) as write:
+            now = write.now
             until = now + ttl * 1000
             values: dict[str, Any] = {
                 "queue": self._number(queue),
@@ -304,11 +329,11 @@ class SqliteQueues(Queues):
             if any(row[3] == until + values["grace"] for row in rows):
                 self._connection.execute(LIVE_ON, {**values, "places": json.dumps([row[0] for row in rows])})
             # A message that a power cut undoes would leave its id to another: it is synced before it is worked on.
-            unsynced = bool(rows) and rows[-1][0] > self._synced_to
-            newest: Any = self._connection.execute("SELECT max(place) FROM messages").get if unsynced else 0
-        if unsynced:
-            sync(self._log, self._path)
+            write.synced = bool(rows) and rows[-1][0] > self._synced_to
+            newest: Any = self._connection.execute("SELECT max(place) FROM messages").get if write.synced else 0
+        if write.synced:
             self._synced_to = newest
+        (self._full.add if len(rows) == limit else self._full.discard)(queue)
         return Claim(claim_id, queue, self._messages(rows, now), grace) if rows else None
 
     def _look(self, queue: str) -> _Seen:
@@ -318,7 +343,7 @@ class SqliteQueues(Queues):
         removed by claims only: left lying, each look would have to pass over it.
         """
         with self._reading() as now:
-            (seen,) = self._connection.execute(
+            ((free, lapsed, expired),) = self._connection.execute(
                 f"""
                 SELECT EXISTS (SELECT 1 FROM messages WHERE queue = :queue AND held_until = 0 AND {ALIVE}),
                     EXISTS (SELECT 1 FROM messages WHERE queue = :queue AND held_until BETWEEN 1 AND :now),
@@ -326,7 +351,7 @@ class SqliteQueues(Queues):
                 """,
                 {"queue": self._known(queue), "now": now},
             )
-        return _Seen(*seen)
+        return _Seen(free, lapsed, expired)
 
     def _browse(self, queue: str, after: int, limit: int, claimed: bool) -> Page:
         with self._reading() as now:
@@ -350,12 +375,10 @@ class SqliteQueues(Queues):
         return Page(self._messages(rows, now), str(rows[-1][0] if rows else after))
 
     def _insert(self, now: int, posts: Iterable[tuple[str, str, int | None]]) -> None:
-        posts = list(posts)
-        numbers = {queue: self._number(queue) for queue in {post[0] for post in posts}}
         self._connection.executemany(
             "INSERT INTO messages (queue, posted, expires, body, checksum) VALUES (?, ?, ?, ?, ?)",
             [
-                (numbers[queue], now, None if ttl is None else now + ttl * 1000, body, zlib.crc32(body))
+                (self._number(queue), now, None if ttl is None else now + ttl * 1000, body, zlib.crc32(body))
                 for queue, body, ttl in ((queue, text.encode(), ttl) for queue, text, ttl in posts)
             ],
         )
@@ -363,11 +386,11 @@ class SqliteQueues(Queues):
     def _messages(self, rows: Iterable[tuple[Any, ...]], now: int) -> tuple[Message, ...]:
         return tuple(
             Message(
-                self._id(place),
+                f"{self._store_id}{place:016x}",
                 _body(body, checksum),
-                age=max(0, now - posted) / 1000,
-                ttl=None if expires is None else (expires - posted) // 1000,
-                receive_count=receives,
+                max(0, now - posted) / 1000,
+                None if expires is None else (expires - posted) // 1000,
+                receives,
             )
             for place, body, posted, expires, receives, checksum in rows
         )
@@ -405,21 +428,27 @@ class SqliteQueues(Queues):
             yield int(self._clock() * 1000)
 
     @contextmanager
-    def _writing(self, *, synced: bool = True, wakes: bool = False) -> Iterator[int]:
-        """Alone on the file, in a transaction; gives the time in milliseconds.
+    def _writing(self, *, synced: bool = True, wakes: bool = False) -> Iterator[_Write]:
+        """Alone on the file, in a transaction.
 
         synced: durable when the block has ended. Others may see it before, and what they make of it is durable only
         with it. wakes: there may be something to claim or browse afterwards.
         """
         with store_errors(self._path), self._lock:
+            if self._failed_sync:  # a system tells of it once; the next sync would succeed whatever was lost
+                raise StoreError(self._failed_sync)
             with transaction(self._connection):
-                yield int(self._clock() * 1000)
+                write = _Write(int(self._clock() * 1000), synced)
+                yield write
             self._in_use += 1
         try:
             if wakes:
                 self._touch()
-            if synced:
+            if write.synced:
                 sync(self._log, self._path)
+        except SyncFailed as error:
+            self._failed_sync = str(error)
+            raise
         finally:
             self._use(-1)
 
@@ -432,15 +461,12 @@ class SqliteQueues(Queues):
     def _waiting(self, wait: float) -> Iterator[Callable[[str], bool]]:
         """Give a function that sleeps until a look is worthwhile, and answers False once the wait is over.
 
-        Watching starts before the caller's first look, so nothing posted in between is missed.
+        Watching starts before the caller's next look, so nothing posted in between is missed.
         """
         deadline = time.monotonic() + wait
         with ExitStack() as stack:
             self._use(+1)
             stack.callback(self._use, -1)
-            if wait <= 0:
-                yield lambda queue: False
-                return
             watch = self._take_watch()
             if watch is not None:
                 stack.callback(self._watches.append, watch)
@@ -465,7 +491,7 @@ class SqliteQueues(Queues):
         with self._lock:
             self._in_use += change
             if not self._in_use:
-                self._lock.notify_all()
+                self._unused.notify_all()
 
     def _sleep(self, queue: str, deadline: float, watch: Any) -> bool:
         left = deadline - time.monotonic()

@@ -37,6 +37,7 @@ from .base import (
     decode,
 )
 from .errors import (
+    AnswerLost,
     ClaimLost,
     ConfigError,
     CredentialsError,
@@ -47,7 +48,7 @@ from .errors import (
     QueuesError,
     QueueUnavailable,
 )
-from .sqs_client import SDK_ERRORS, WRITE, AnswerLost, connect, entry_problem, problem, source, understanding
+from .sqs_client import SDK_ERRORS, WRITE, connect, entry_problem, problem, source, understanding
 
 LONGEST_RETENTION_S, USUAL_RETENTION_S = 1_209_600, 345_600
 LONGEST_HOLD_S = 43_200

@@ -14,6 +14,7 @@ from botocore.config import Config
 from botocore.parsers import ResponseParserError
 
 from .errors import (
+    AnswerLost,
     ClaimLost,
     ConfigError,
     CredentialsError,
@@ -36,10 +37,6 @@ HOW_TO_LOG_IN = (
 HINTS = {CredentialsError: f": {HOW_TO_LOG_IN}", QueueNotFound: ": create it with --create"}
 BUSY_S = {"PurgeQueueInProgress": 60, "QueueDeletedRecently": 60}
 SDK_ERRORS = (sdk.BotoCoreError, sdk.ClientError, ResponseParserError, RuntimeError)
-
-
-class AnswerLost(QueueUnavailable):
-    """Nobody knows whether SQS did what it was asked."""
 
 
 KINDS: dict[str, type[QueuesError]] = {

@@ -15,7 +15,7 @@ from pathlib import Path
 import apsw
 import platformdirs
 
-from .errors import ConfigError, QueueUnavailable, StoreError
+from .errors import ConfigError, QueueUnavailable, StoreError, SyncFailed
 
 APPLICATION = "itchy-octo-chainsaw"
 BUSY_TIMEOUT_S = 5.0
@@ -124,12 +124,12 @@ def sync_later(connection: apsw.Connection) -> FileIO:
 
 
 def sync(log: FileIO, path: Path) -> None:
-    """Return once all that was committed to the file survives a power cut."""
+    """Return once all that was committed to the file survives a power cut; raise SyncFailed where it may not."""
     try:
         SYNC(log.fileno())
     except OSError as error:
         reason = f"{path}: the disk failed ({error.strerror}): what was just written may be lost in a power cut"
-        raise StoreError(reason) from error
+        raise SyncFailed(reason) from error
 
 
 def _create_private(path: Path) -> None:

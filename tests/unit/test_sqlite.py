@@ -15,7 +15,7 @@ import apsw
 import pytest
 from support import HERE
 
-from claim_queues import ConfigError, Post, QueueUnavailable, Settlement, StoreError, sqlite, store
+from claim_queues import ConfigError, Post, PostIncomplete, QueueUnavailable, Settlement, StoreError, sqlite, store
 from claim_queues.sqlite import SqliteQueues
 
 HOLD = {"ttl": 60, "grace": 60}
@@ -267,6 +267,25 @@ class TestQueuesAndIds:
 
         assert bodies(queues.claim("requests", **HOLD, limit=2)) == ["lapsed"]
 
+    def test_a_busy_consumer_takes_what_lapsed_at_its_old_place(self, queues, clock):
+        queues.post("requests", ["lapsed", "busy", "next"])
+        queues.claim("requests", **HOLD, limit=1)
+        clock.advance(30)
+        assert bodies(queues.claim("requests", **HOLD, limit=1)) == ["busy"]
+
+        clock.advance(30)
+
+        assert bodies(queues.claim("requests", **HOLD, limit=2)) == ["lapsed", "next"]
+
+    def test_a_busy_consumer_does_without_looks_until_a_claim_is_not_full(self, queues):
+        queues.post("requests", ["one", "two", "three"])
+
+        with statements_of(queues) as seen:
+            claims = [queues.claim("requests", **HOLD, limit=1) for _ in range(5)]
+
+        assert [bodies(claim) for claim in claims if claim] == [["one"], ["two"], ["three"]]
+        assert len([sql for sql, _ in seen if "EXISTS" in sql]) == 2  # before the first claim, and before the last
+
 
 class TestBodies:
     @pytest.mark.parametrize(
@@ -375,8 +394,29 @@ class TestSyncing:
 
         monkeypatch.setattr(store, "SYNC", fail)
 
-        with pytest.raises(StoreError, match=r"the disk failed \(Input/output error\).* may be lost"):
-            queues.post("requests", [1])
+        with pytest.raises(PostIncomplete, match=r"the disk failed \(Input/output error\).* may be lost") as caught:
+            queues.post("requests", [1, 2])
+        assert caught.value.unknown == (0, 1)
+
+    def test_what_follows_a_failed_sync_is_not_reported_as_stored_either(self, queues, monkeypatch):
+        queues.post("requests", ["claimed"])
+        claim = queues.claim("requests", **HOLD, limit=1)
+
+        def fail(descriptor):
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as failing:
+            failing.setattr(store, "SYNC", fail)
+            with pytest.raises(StoreError, match="the disk failed"):
+                queues.settle(claim, [Settlement(claim.messages[0])])
+
+        for go_on in (
+            lambda: queues.post("requests", ["new"]),
+            lambda: queues.claim("requests", **HOLD, limit=1),
+            lambda: queues.settle(claim, [Settlement(claim.messages[0])]),
+        ):
+            with pytest.raises(StoreError, match="the disk failed"):
+                go_on()
 
     def test_closing_waits_for_a_sync(self, queues, monkeypatch):
         is_syncing, go_on, synced = threading.Event(), threading.Event(), []
@@ -732,7 +772,8 @@ class TestWaiting:
             other.post("elsewhere", ["new"])
             assert looking.result(SOON_S) is None
 
-        assert len([sql for sql, _ in seen if "EXISTS" in sql]) <= 3
+        # At once, once it watches the file, when it is woken, and at the end.
+        assert len([sql for sql, _ in seen if "EXISTS" in sql]) <= 4
 
     def test_a_post_whose_poster_died_before_it_woke_anybody_is_found_by_a_slow_look(
         self, queues, other, background, monkeypatch

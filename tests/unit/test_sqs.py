@@ -32,8 +32,9 @@ from claim_queues import (
     QueueUnavailable,
     Settlement,
 )
+from claim_queues.errors import AnswerLost
 from claim_queues.sqs import POLL_S, SqsQueues
-from claim_queues.sqs_client import READ_TIMEOUT_S, AnswerLost, entry_problem, problem
+from claim_queues.sqs_client import READ_TIMEOUT_S, entry_problem, problem
 
 SECRET, TOKEN = "canary-secret-key", "canary-session-token"
 LOST = Raw(end="reset")
