@@ -10,7 +10,6 @@ everything else: a redirect, a login, another server              MISCONFIGURED
 A POST may be signed, and goes over plain HTTP to this machine alone unless that is allowed.
 """
 
-import email.utils
 import ipaddress
 import json
 import math
@@ -22,7 +21,7 @@ import threading
 import time
 import uuid
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,6 +34,7 @@ import requests
 import urllib3
 
 from claim_queues import JSON, ConfigError, QueuesError
+from claim_queues.base import parse_retry_after
 from claim_queues.breaker import Failure
 from claim_queues.command_line import __version__
 from claim_queues.keeper import Held
@@ -45,7 +45,6 @@ CONNECT_TIMEOUT_S = 5.0
 MOST_ANSWER_BYTES = 65_536
 MOST_REASON = 1_000
 """Characters; a reason goes into responses and dead letters, which queues limit in size."""
-LONGEST_RETRY_AFTER_S = 3_600.0
 RESPONSE_IDS = uuid.UUID("8f3f2a0c-5d0f-5a52-9c0b-6f1f5f1d2c11")
 
 REJECTING = frozenset({400, 413, 415, 422})
@@ -138,7 +137,7 @@ class Delivery:
         apart = any(found.probe or found.on_trial or found.single for found in (self, other))
         return self.held.of is other.held.of and not apart
 
-    def fields(self) -> dict[str, object]:
+    def fields(self) -> dict[str, Any]:
         """What every log line about the message says."""
         return {
             "message": self.id,
@@ -182,7 +181,10 @@ class Delivery:
         }
 
     def dead_letter(self, queue: str, reason: str) -> dict[str, JSON]:
-        """The body for the dead-letter queue: the original body, and everything that is known of it."""
+        """The body for the dead-letter queue: the original body, and everything that is known of it.
+
+        receive_count: of all receives, also those that do not count against it.
+        """
         return {
             "version": 1,
             "request_id": self.id,
@@ -343,7 +345,7 @@ class Connection:
         for delivery in deliveries:
             item = by_id.get(delivery.id, {})
             status, own = item.get("status"), item.get("body")
-            if isinstance(status, int) and isinstance(own, dict):
+            if isinstance(status, int) and status in range(100, 600) and isinstance(own, dict):
                 delivery.answer = judge(status, {}, own, delivery.widget_id or "")
             else:
                 delivery.answer = Answer(None, Failure.FAILED, None, "the maker's answer to the batch leaves it out")
@@ -519,21 +521,6 @@ def _own_reason(content: dict[str, Any]) -> str | None:
     return reason[:MOST_REASON] if isinstance(reason, str) else None
 
 
-def parse_retry_after(value: str | None, *, now: Callable[[], float] = time.time) -> float | None:
-    """Seconds that a Retry-After header asks for (whole seconds or an HTTP date), at most 3,600; None for nonsense."""
-    if value is None:
-        return None
-    if re.fullmatch(r"[0-9]{1,10}", value, re.ASCII):
-        return min(float(value), LONGEST_RETRY_AFTER_S)
-    try:
-        moment = email.utils.parsedate_to_datetime(value)
-        if moment.tzinfo is None:  # the old forms of an HTTP date name no zone
-            moment = moment.replace(tzinfo=UTC)
-        return min(max(0.0, moment.timestamp() - now()), LONGEST_RETRY_AFTER_S)
-    except (ValueError, OverflowError):
-        return None
-
-
 def _json_object(body: bytes) -> dict[str, Any]:
     try:
         content = json.loads(body)
@@ -546,11 +533,6 @@ def is_forbidden(address: str) -> bool:
     """Whether no maker can be at that IP address: link-local, multicast, or a cloud's metadata service."""
     found = _ip(address)
     return found is not None and (found.is_link_local or found.is_multicast or found in METADATA_SERVICES)
-
-
-def _is_this_machine(host: str) -> bool:
-    found = _ip(host)
-    return host.lower() == "localhost" if found is None else found.is_loopback
 
 
 def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -577,7 +559,9 @@ def _check(url: str, *, allow_plain_http: bool) -> None:
     host = str(parts.hostname)
     if is_forbidden(host):
         raise ConfigError(f"maker URL {url}: no maker can be at a link-local, multicast or metadata address")
-    if parts.scheme == "http" and not allow_plain_http and not _is_this_machine(host):
+    address = _ip(host)
+    is_this_machine = host == "localhost" if address is None else address.is_loopback
+    if parts.scheme == "http" and not allow_plain_http and not is_this_machine:
         raise ConfigError(
             f"maker URL {url}: everybody on the way could read and change it: use https://, or allow it with"
             " --allow-plain-http"

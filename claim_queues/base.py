@@ -14,10 +14,12 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
+from datetime import UTC
 from typing import Any, NamedTuple, Self
 
 from .errors import ConfigError, MessageRefused
+
+LONGEST_RETRY_AFTER_S = 3_600.0
 
 JSON = Any
 """A JSON value: dict with str keys, list, str, int, float, bool or None."""
@@ -206,7 +208,7 @@ class Limits:
             raise MessageRefused(f"the body is not JSON: {error}") from error
         if len(text) > self.message_bytes:
             raise MessageRefused(f"the body has {len(text):,} bytes; {self.service} takes {self.message_bytes:,}")
-        if _LARGE_INTEGER.search(text) and _has_large_integer(body):
+        if _LARGE_INTEGER.search(text) and decode(text) is text:
             raise MessageRefused("the body holds an integer outside signed 64 bits")
         return text
 
@@ -336,9 +338,7 @@ class Queues(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -347,18 +347,31 @@ def decode(text: str) -> JSON:
 
     NaN, infinities and integers outside signed 64 bits could not.
     """
+    inner = text.strip(" \t\n\r")
     try:
-        return _DECODE(text)
+        value, end = _DECODE(inner)
     except (ValueError, RecursionError):
         return text
+    return value if end == len(inner) else text
 
 
 def ahead_of(date: str | None) -> float | None:
-    """Seconds by which this machine's clock is ahead of an answer's Date header; None where there is none."""
+    """Seconds by which this machine's clock is ahead of an HTTP date; None where that is none."""
     try:
-        return time.time() - email.utils.parsedate_to_datetime(date or "").timestamp()
-    except ValueError:
+        moment = email.utils.parsedate_to_datetime(date or "")
+        if moment.tzinfo is None:  # the old forms of an HTTP date name no zone
+            moment = moment.replace(tzinfo=UTC)
+        return time.time() - moment.timestamp()
+    except (ValueError, OverflowError):
         return None
+
+
+def parse_retry_after(value: str | None) -> float | None:
+    """Seconds that a Retry-After header asks for (whole seconds or an HTTP date), at most 3,600; None for nonsense."""
+    if value and re.fullmatch(r"[0-9]{1,10}", value):
+        return min(float(value), LONGEST_RETRY_AFTER_S)
+    ahead_s = ahead_of(value)
+    return None if ahead_s is None else min(max(0.0, -ahead_s), LONGEST_RETRY_AFTER_S)
 
 
 def _refuse(number: str) -> None:
@@ -377,18 +390,5 @@ def _small(number: str) -> int:
     return value
 
 
-def _has_large_integer(value: JSON) -> bool:
-    pending = [value]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            pending.extend(value.values())
-        elif isinstance(value, list | tuple):
-            pending.extend(value)
-        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-            return True
-    return False
-
-
 _ENCODE = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
-_DECODE = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite, parse_int=_small).decode
+_DECODE = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite, parse_int=_small).raw_decode

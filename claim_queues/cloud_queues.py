@@ -9,9 +9,10 @@ import requests
 from requests import exceptions as http
 from urllib3.exceptions import HTTPError
 
+from . import keyrings
 from .base import Message
 from .errors import ConfigError, CredentialsError, QueueError, QueueUnavailable
-from .pyrax_client import AUTH_ENDPOINT, Client, Identity, QueueClient, api_key, configured_user, sdk
+from .pyrax_client import AUTH_ENDPOINT, Client, Identity, QueueClient, configured_user, sdk
 from .zaqar_api import MESSAGE_TTL, REFUSALS, Answer, ErrorMap, Refusals, ZaqarApi, limits_of, translated
 
 LIMITS = limits_of(
@@ -66,9 +67,10 @@ class CloudQueues(ZaqarApi):
                 "no user is named: write rackspace://USER@REGION, or set CLOUD_KEYRING_USER,"
                 " or keyring_username in ~/.pyrax.cfg"
             )
+        key = keyrings.secret("pyrax", user, what="API key")
         session = requests.Session()
         session.auth = lambda request: request  # or requests takes a password for the host from ~/.netrc
-        identity = Identity(user, api_key(user), endpoint, session)
+        identity = Identity(user, key, endpoint, session)
         address = f"rackspace://{quote(user)}@{region}"
         if identity.auth_endpoint != AUTH_ENDPOINT:
             address += f"?identity={identity.auth_endpoint}"

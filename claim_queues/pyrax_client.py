@@ -1,4 +1,4 @@
-"""A Rackspace account through pyrax: its API key from keyring, the sign-in, and requests over kept connections.
+"""A Rackspace account through pyrax: the sign-in with an API key, and requests over kept connections.
 
 What pyrax's identity and client do badly is replaced in two subclasses: no timeouts, a new connection for each
 request, a sign-in that one bad answer breaks for good, settings that turn TLS verification off by a slip.
@@ -19,9 +19,9 @@ from urllib.parse import urlsplit
 import requests
 from urllib3.exceptions import HTTPError
 
-from . import keyrings
+from .base import parse_retry_after
 from .errors import ConfigError, CredentialsError, QueueUnavailable
-from .zaqar_api import content, reason, retry_after_s, said_of
+from .zaqar_api import content, reason, said_of
 
 for _module, _name, _thing in (
     # From Python 3.10 on collections lacks what oslo.config, as plain pip installs it for pyrax, looks for there, and
@@ -49,7 +49,7 @@ pyrax.set_http_debug(False)
 logging.getLogger("pyrax").handlers.clear()
 logging.getLogger("pyrax").setLevel(logging.WARNING)
 
-__all__ = ["AUTH_ENDPOINT", "Client", "Identity", "QueueClient", "api_key", "configured_user", "sdk"]
+__all__ = ["AUTH_ENDPOINT", "Client", "Identity", "QueueClient", "configured_user", "sdk"]
 
 TIMEOUT_S = (5, 30)
 """To connect, and between two bytes of an answer."""
@@ -58,14 +58,6 @@ TIMEOUT_S = (5, 30)
 def configured_user() -> str | None:
     """The user that pyrax's own settings name: keyring_username in ~/.pyrax.cfg, else CLOUD_KEYRING_USER."""
     return pyrax.get_setting("keyring_username") or None
-
-
-def api_key(user: str) -> str:
-    """The user's API key from keyring, where `keyring set pyrax USER` puts it.
-
-    Raises CredentialsError, which says what to do, where there is none or where keyring has no safe place for it.
-    """
-    return keyrings.secret("pyrax", user, what="API key")
 
 
 class Identity(RaxIdentity):  # type: ignore[misc]
@@ -160,7 +152,7 @@ def send(session: requests.Session, method: str, url: str, **options: Any) -> tu
     found = content(answer)
     if answer.status_code >= requests.codes.multiple_choices:
         error = sdk.from_response(answer, {"message": reason(found) or answer.reason})
-        error.retry_after_s = retry_after_s(answer)
+        error.retry_after_s = parse_retry_after(answer.headers.get("Retry-After"))
         raise error
     return answer, found
 

@@ -19,7 +19,7 @@ from openstack import exceptions as sdk
 from openstack.config import OpenStackConfig
 from openstack.connection import Connection
 
-from .base import Message, Page, Stats
+from .base import Message, Page, Stats, parse_retry_after
 from .errors import (
     ClaimLost,
     ConfigError,
@@ -40,7 +40,6 @@ from .zaqar_api import (
     last_part,
     limits_of,
     reason,
-    retry_after_s,
     said_of,
     translated,
 )
@@ -196,7 +195,8 @@ class ZaqarQueues(ZaqarApi):
         said = reason(found)
         if "claim" not in said.lower():  # then no claim is lost
             instead = {code: row for code, row in instead.items() if row[0] is not ClaimLost}
-        raise self._refused(what, status, f"HTTP {status} {said}", retry_after_s(answer), instead)
+        wait_s = parse_retry_after(answer.headers.get("Retry-After"))
+        raise self._refused(what, status, f"HTTP {status} {said}", wait_s, instead)
 
     def _request(self, path: str, method: str, options: dict[str, Any]) -> requests.Response:
         # Past the message proxy's own request(), which warns of its own deprecations at every call (4.22).

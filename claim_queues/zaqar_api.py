@@ -12,14 +12,13 @@ import threading
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 import requests
-from urllib3.exceptions import HTTPError, InvalidHeader, MaxRetryError
-from urllib3.util import Retry
+from urllib3.exceptions import HTTPError, MaxRetryError
 
 from .base import (
     JSON,
@@ -37,6 +36,7 @@ from .base import (
     decode,
 )
 from .errors import (
+    AnswerLost,
     ClaimLost,
     ConfigError,
     CredentialsError,
@@ -56,11 +56,9 @@ REQUEST_BYTES = 262_144
 PAGE = 20
 """Most messages of a list, and most ids of a bulk delete."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
-"""Between looks of a wait: neither API has a long poll."""
-LONGEST_RETRY_AFTER_S = 3_600.0
+"""Between looks of a wait: neither API has a long poll. Claims have the second from their caller."""
 LONGEST_REASON = 200
 
-T = TypeVar("T")
 Outcome = tuple[type[QueuesError], str]
 """An error of ours, and advice to end its message with."""
 Refusals = Mapping[int, Outcome]
@@ -69,10 +67,6 @@ ErrorMap = tuple[tuple[tuple[type[Exception], ...], type[QueuesError], str], ...
 """What becomes of each error of an SDK; most specific first."""
 Answer = tuple[requests.Response, Any]
 """An answer below HTTP status 300, and its content()."""
-
-
-class AnswerLost(QueueUnavailable):
-    """The request was sent, and nobody knows what the service did."""
 
 
 REFUSALS: Refusals = {
@@ -129,6 +123,7 @@ class ZaqarApi(Queues):
         self.address = address
         self.requests = Counter()
         self._stopped = threading.Event()
+        self._next_looks: dict[str, tuple[float, float]] = {}  # by queue: when, and after which pause
 
     def create(self, queue: str) -> None:
         self._ask("create", queue, "PUT")
@@ -192,17 +187,24 @@ class ZaqarApi(Queues):
         return ids
 
     def claim(self, queue: str, *, ttl: int, grace: int, limit: int, wait: float = 0) -> Claim | None:
-        """As the contract says. A missing queue looks empty: ask exists()."""
-        self.limits.check_claim(ttl=ttl, grace=grace, limit=limit)
-        return self._poll(lambda: self._claim(queue, ttl, grace, limit), bool, wait)
+        """As the contract says.
 
-    def _poll(self, look: Callable[[], T], is_found: Callable[[T], bool], wait: float) -> T:
-        deadline, pause = time.monotonic() + wait, FIRST_PAUSE_S
+        After each look in vain the pause doubles, over successive claims too; its longest is `wait`.
+        """
+        self.limits.check_claim(ttl=ttl, grace=grace, limit=limit)
+        deadline = time.monotonic() + wait
         while True:
-            found, left = look(), deadline - time.monotonic()
-            if is_found(found) or left <= 0 or self._stopped.wait(min(pause, left)):
+            look_at, pause = self._next_looks.get(queue, (0.0, 0.0))
+            rest = min(look_at, deadline) - time.monotonic()
+            if rest > 0 and not self._stopped.is_set() and self._stopped.wait(rest):
+                return None
+            if found := self._claim(queue, ttl, grace, limit):
+                self._next_looks.pop(queue, None)
                 return found
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+            now, pause = time.monotonic(), max(FIRST_PAUSE_S, min(2 * pause, wait))
+            self._next_looks[queue] = now + pause, pause
+            if self._stopped.is_set() or deadline - now < FIRST_PAUSE_S:
+                return None
 
     def _claim(self, queue: str, ttl: int, grace: int, limit: int) -> Claim | None:
         terms = json.dumps({"ttl": ttl, "grace": grace})  # a limit would be ignored here
@@ -225,12 +227,11 @@ class ZaqarApi(Queues):
         """When it is repeated after an error, what was posted before stays so and is not posted again."""
         refused: dict[str, MessageRefused] = {}
         outcomes: list[Outgoing] = []
-        for settlement in settlements:
-            for post in settlement.posts:
-                self.limits.check_queue(post.queue)
-                self.limits.check_message_ttl(post.ttl)
-            id_ = settlement.message.id
-            documents = ((post.queue, self._document(post.body, post.ttl)) for post in settlement.posts)
+        for post in [post for settlement in settlements for post in settlement.posts]:
+            self.limits.check_queue(post.queue)
+            self.limits.check_message_ttl(post.ttl)
+        for id_, posts in ((settlement.message.id, settlement.posts) for settlement in settlements):
+            documents = ((post.queue, self._document(post.body, post.ttl)) for post in posts)
             try:
                 outcomes += [Outgoing(id_, place, *document) for place, document in enumerate(documents)]
             except MessageRefused as error:
@@ -289,8 +290,12 @@ class ZaqarApi(Queues):
         self._ask(f"release claim {claim.id} on", claim.queue, "DELETE", f"claims/{_quoted(claim.id)}")
 
     def browse(self, queue: str, *, after: str = "", limit: int = 20, claimed: bool = False, wait: float = 0) -> Page:
-        """As the contract says. A missing queue looks empty: ask exists()."""
-        return self._poll(lambda: self._browse(queue, after, limit, claimed), lambda page: bool(page.messages), wait)
+        deadline, pause = time.monotonic() + wait, FIRST_PAUSE_S
+        while True:
+            page, left = self._browse(queue, after, limit, claimed), deadline - time.monotonic()
+            if page.messages or left <= 0 or self._stopped.wait(min(pause, left)):
+                return page
+            pause = min(2 * pause, LONGEST_PAUSE_S)
 
     def _browse(self, queue: str, after: str, limit: int, claimed: bool) -> Page:
         messages: tuple[Message, ...] = ()
@@ -462,14 +467,6 @@ def reason(found: Any) -> str:
         inner = next((value for value in found.values() if isinstance(value, dict)), found)
         found = ": ".join(str(inner[key]) for key in ("title", "description", "message") if inner.get(key))
     return " ".join(str(found).split())[:LONGEST_REASON]
-
-
-def retry_after_s(answer: requests.Response) -> float | None:
-    """Seconds that the Retry-After header asks for, as a number or an HTTP date; None where there is no such header."""
-    try:
-        return min(Retry().parse_retry_after(answer.headers.get("Retry-After", "")), LONGEST_RETRY_AFTER_S)
-    except (InvalidHeader, ValueError, OverflowError):
-        return None
 
 
 def translated(error: Exception, what: str, errors: ErrorMap, cause: BaseException | None) -> QueuesError:

@@ -5,13 +5,15 @@ import json
 import math
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from claim_queues import ConfigError, Limits, MessageRefused, Range, Stats
-from claim_queues.base import Queues, ahead_of, decode
+from claim_queues import ConfigError, Limits, MessageRefused, Range, Stats, base
+from claim_queues.base import Queues, ahead_of, decode, parse_retry_after
 
 LIMITS = Limits(
     service="a service",
@@ -228,3 +230,64 @@ def test_the_clock_is_compared_with_a_date_header(ahead_s: int) -> None:
 @pytest.mark.parametrize("date", [None, "", "yesterday", "Tue, 99 Foo 2026 25:00:00 GMT"])
 def test_without_a_date_the_clock_of_the_service_is_not_known(date: str | None) -> None:
     assert ahead_of(date) is None
+
+
+# Retry-After
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC).timestamp()
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (None, None),
+        ("0", 0),
+        ("7", 7),
+        ("3600", 3600),
+        ("3601", 3600),
+        ("9999999999", 3600),
+        ("Fri, 02 Jan 2026 03:05:05 GMT", 60),
+        ("Fri, 02 Jan 2026 04:05:05 +0100", 60),
+        ("Friday, 02-Jan-26 03:05:05 GMT", 60),
+        ("Fri Jan  2 03:05:05 2026", 60),
+        ("Fri, 02 Jan 2026 03:05:05 -0000", 60),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 3600),
+        ("", None),
+        (" ", None),
+        ("-1", None),
+        ("1.5", None),
+        ("1e3", None),
+        ("0x10", None),
+        ("٣", None),
+        ("7, 8", None),
+        ("soon", None),
+        ("99999999999", None),
+        ("Fri, 99 Jan 2026 03:05:05 GMT", None),
+        ("Fri, 02 Jan 2026 03:05:05 +9999999999", None),
+    ],
+)
+def test_retry_after_is_whole_seconds_or_a_date_or_nothing(
+    value: str | None, seconds: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "time", SimpleNamespace(time=lambda: NOW))
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        assert parse_retry_after(value) == seconds
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+words = st.sampled_from(
+    ["Fri,", "Fri", "02", "Jan", "2026", "0000", "99999", "03:04:05", "3.4", "GMT", "+9999", "-", ","]
+)
+
+
+@given(st.text() | st.lists(words, max_size=8).map(" ".join) | st.lists(words, max_size=8).map("".join))
+@example("Mon, 01 Jan 0001 00:00:00 GMT")
+@example("Mon, 01 Jan 0000 00:00:00 GMT")
+def test_retry_after_never_raises_and_stays_within_an_hour(value: str) -> None:
+    found = parse_retry_after(value)
+    assert found is None or 0 <= found <= 3600

@@ -7,6 +7,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -40,6 +41,7 @@ from claim_queues import (
     QueueUnavailable,
     Settlement,
     Stats,
+    zaqar_api,
 )
 from claim_queues.cloud_queues import CloudQueues
 
@@ -602,15 +604,80 @@ def test_a_key_in_a_safe_backend_of_several_is_found() -> None:
         assert queues.address == "rackspace://tester@DFW"
 
 
-def test_pauses_of_a_wait_double_up_to_two_seconds(
+@pytest.fixture
+def looks(queues: CloudQueues, pyrax_client: Mock, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When the service was asked for a claim, in seconds of a clock that only waits move; it has nothing."""
+    now, looks = [0.0], []
+
+    def wait(seconds: float) -> bool:
+        now[0] += seconds
+        return False
+
+    def look(*_: Any, **__: Any) -> Any:
+        looks.append(round(now[0], 1))
+        return answered(204)
+
+    monkeypatch.setattr(zaqar_api, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(queues._stopped, "wait", wait)
+    pyrax_client.method_post.side_effect = look
+    return looks
+
+
+def test_pauses_of_a_wait_double(queues: CloudQueues, looks: list[float]) -> None:
+    assert queues.claim("q", **TERMS, limit=1, wait=5) is None
+    assert looks == [0, 0.1, 0.3, 0.7, 1.5, 3.1, 5]
+
+
+def test_pauses_grow_over_waits_in_vain_up_to_a_whole_wait(queues: CloudQueues, looks: list[float]) -> None:
+    for _ in range(5):
+        assert queues.claim("q", **TERMS, limit=1, wait=2) is None
+        queues._stopped.wait(0.05)  # the caller does something else
+    assert looks == [0, 0.1, 0.3, 0.7, 1.5, 2, 4, 6, 8, 10]
+
+
+def test_pauses_begin_anew_after_a_message(queues: CloudQueues, pyrax_client: Mock, looks: list[float]) -> None:
+    queues.claim("q", **TERMS, limit=1, wait=10)
+    look = pyrax_client.method_post.side_effect
+    pyrax_client.method_post.side_effect = [claimed(entry("m"))]
+    assert queues.claim("q", **TERMS, limit=1, wait=10)
+
+    pyrax_client.method_post.side_effect = look
+    found_at = len(looks)
+    queues.claim("q", **TERMS, limit=1, wait=1)
+    first, *others = looks[found_at:]
+    assert [round(at - first, 1) for at in others] == [0.1, 0.3, 0.7, 1]
+
+
+def test_a_wait_that_is_ended_looks_no_more(
+    queues: CloudQueues, looks: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queues.claim("q", **TERMS, limit=1, wait=2)
+    monkeypatch.setattr(queues._stopped, "wait", lambda _: True)
+    assert queues.claim("q", **TERMS, limit=1, wait=2) is None
+    assert looks == [0, 0.1, 0.3, 0.7, 1.5, 2]
+
+
+def test_pauses_of_a_look_without_claiming_double_up_to_two_seconds(
     queues: CloudQueues, pyrax_client: Mock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(queues._stopped, "wait", lambda pause: pauses.append(pause) or len(pauses) == 7)
-    pyrax_client.method_post.side_effect = itertools.repeat(answered(204))
+    pyrax_client.method_get.side_effect = itertools.repeat(answered(204))
 
-    assert queues.claim("q", **TERMS, limit=1, wait=1000) is None
+    assert not queues.browse("q", wait=1000).messages
     assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
+
+
+def test_a_claim_that_may_not_wait_looks_at_once(queues: CloudQueues, looks: list[float]) -> None:
+    queues.claim("q", **TERMS, limit=1, wait=2)
+    queues.claim("q", **TERMS, limit=1)
+    assert looks[-2:] == [2, 2]
+
+
+def test_waits_for_one_queue_do_not_delay_looks_at_another(queues: CloudQueues, looks: list[float]) -> None:
+    queues.claim("q", **TERMS, limit=1, wait=2)
+    queues.claim("other", **TERMS, limit=1, wait=2)
+    assert looks[-6:] == [2, 2.1, 2.3, 2.7, 3.5, 4]
 
 
 # What an operator asks
