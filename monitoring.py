@@ -1,4 +1,4 @@
-"""What a running consumer tells of itself over HTTP: metrics for Prometheus, its health, a page for people.
+"""What a running consumer tells of itself: metrics for Prometheus, its health, a page and a line for people.
 
 It reads what the consumer keeps anyway, when it is asked: messages cost no more for it.
 """
@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from claim_queues import ConfigError, Queues, Stats
 from claim_queues.breaker import Failure
 from claim_queues.fresh import Fresh
+from claim_queues.terminal import Rate, clock_time
 from delivery import Durations, Maker
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 2.0
 """How long a request here waits for the queue service or the maker; Prometheus itself waits for 10 s."""
+LINE_PATIENCE_S = 1.0
+"""How long the line on the terminal stands still for a queue service that does not tell how much is queued."""
 LOCAL_HOSTS = ("127.0.0.1", "localhost")
 OUTCOMES = ("created", "rejected", "failed")
 JSON_TYPE, HTML_TYPE = "application/json", "text/html; charset=utf-8"
@@ -70,6 +73,7 @@ class Monitor(Collector):
         self._queues = queues
         self._depths = {kind: Fresh(lambda name=name: queues.stats(name)) for kind, name in names.items()}  # type: ignore[misc]
         self._health = Fresh(maker.is_healthy)
+        self._rate = Rate()
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -85,6 +89,23 @@ class Monitor(Collector):
         }
         page = pages.get(path)
         return page and page()
+
+    def status_line(self) -> str:
+        """What a terminal shows of the consumer at work, in less than 80 columns.
+
+        An open breaker, the rate, POSTs in flight, messages in the queue and the time that they need, outcomes.
+        """
+        totals, trouble = Counter(self._consumer.totals), self._consumer.maker_trouble
+        rate = self._rate.per_second(sum(totals[outcome] for outcome in OUTCOMES))
+        try:
+            depth = self._depths["request"].get(LINE_PATIENCE_S).total
+            queued = f"{depth:,} queued" + (f" {clock_time(depth / rate)}" if depth and rate >= 1 else "")
+        except Exception:  # the log says what is wrong with the service
+            queued = "? queued"
+        words = [f"maker {trouble.value}"] if trouble else []
+        words += [f"{rate:,.0f}/s", f"{self._consumer.status()['posting']} in flight", queued]
+        words += [f"{totals[outcome]:,} {outcome}" for outcome in OUTCOMES if totals[outcome]]
+        return "  ".join(words)
 
     def collect(self) -> Iterator[Metric]:
         """The metrics, for the registry."""
@@ -121,15 +142,12 @@ class Monitor(Collector):
         """Of the queues whose service answers now; a queue that is not known is not empty."""
         found = {kind: stats for kind, stats in self._looks().items() if isinstance(stats, Stats)}
         depth = GaugeMetricFamily(f"{PREFIX}queue_messages", "Messages in a queue.", labels=["queue", "state"])
-        age = GaugeMetricFamily(
-            f"{PREFIX}queue_oldest_age_seconds", "Age of a queue's oldest message.", labels=["queue"]
-        )
         for kind, stats in found.items():
             for state in ("free", "claimed", "delayed"):
                 depth.add_metric([kind, state], getattr(stats, state))
-            if stats.oldest_age is not None:
-                age.add_metric([kind], stats.oldest_age)
-        yield from (depth, age)
+        yield depth
+        ages = {kind: stats.oldest_age for kind, stats in found.items() if stats.oldest_age is not None}
+        yield _gauge("queue_oldest_age_seconds", "Age of a queue's oldest message.", ages, "queue")
 
     def _looks(self) -> dict[str, Stats | Exception]:
         found: dict[str, Stats | Exception] = {}

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from claim_queues.command_line import (
     __version__,
     configure_logging,
     distinct,
+    end_at_interrupt,
     message_ttl,
     option,
     queue_options,
@@ -49,21 +50,20 @@ from claim_queues.command_line import (
     run,
     run_until_signal,
 )
-from claim_queues.fresh import Fresh
 from claim_queues.keeper import End, Held, Keeper
 from claim_queues.preflight import Report, check_queues
 from claim_queues.signing import load_signer, signing_options
 from claim_queues.store import state_path
-from claim_queues.terminal import Rate, clock_time, is_terminal, live_line
+from claim_queues.terminal import is_terminal, live_line
 from delivery import Connection, Delivery, Durations, Maker, MakerMisconfigured
-from receive_counts import ReceiveCounts, Receives
+from receive_counts import ReceiveCounts
 
 POST_SPARE_S = 5.0
 """A POST starts only while the claim is surely held for the deadline and so much more, to settle in."""
 BACKOFF_BASE_S, LONGEST_BACKOFF_S = 0.5, 300.0
 MOST_BACKOFFS_PER_SLOT = 5
-MOST_CLAIMS_UNSETTLED = 4
-"""So many full claims more may wait to be settled, as usual settlements do; what is claimed is hidden from others."""
+MOST_ROUNDS_UNSETTLED = 4
+"""So many full claims, or POSTs of all slots, more may wait to be settled: what is claimed is hidden from others."""
 CLAIM_PAUSE_S, LONGEST_CLAIM_PAUSE_S = 0.5, 30.0
 LOOK_AGAIN_S = 0.1
 """How long a drain waits for messages before it looks whether any are left, and claiming for what clogs it."""
@@ -73,9 +73,6 @@ STUCK_AFTER_S = 180.0
 """More than the timeouts of a claim with its wait and its second attempt, or of a look at all queues, add up to."""
 STOP_PATIENCE_S = 10.0
 """How long a queue service that fails may hold up the end; what is not given back then waits for its claim's end."""
-
-DEPTH_PATIENCE_S = 1.0
-"""How long the live line stands still for a queue service that does not tell how much is queued."""
 
 NOT_OUR_MAKER = "this is not our widget maker: check --maker-url"
 REFUSED_BY_MAKER = "the maker refuses us: its reason says what to mend"
@@ -140,7 +137,7 @@ class Consumer:
         self._stopping = False
         self._error: Exception | None = None
         self._failing: dict[str, type[Exception]] = {}
-        self._reported = ""
+        self._reported = self._maker_said = ""
         self._next_check_at = 0.0
         self._empty_since: float | None = None
         self._patience_s = LOOK_AGAIN_S if settings.drain else settings.poll_interval
@@ -179,11 +176,7 @@ class Consumer:
             self._excuse([*self._breaker.take_suspects(), *self._take_waiting()])
 
     def status(self) -> dict[str, int]:
-        """What goes on now.
-
-        claims held, their open messages, those that wait for a slot, those being POSTed, slots that POST, and 1 for an
-        open breaker.
-        """
+        """Numbers now: claims held, their open messages, those that wait for a slot, those being POSTed, busy slots."""
         with self._lock:
             return {
                 "claims": self._keeper.count_claims(),
@@ -191,7 +184,6 @@ class Consumer:
                 "waiting": len(self._waiting) + len(self._trials),
                 "posting": self._posting,
                 "busy_slots": self._settings.slots - self._idle_slots,
-                "breaker_open": int(self._breaker.is_open),
             }
 
     @property
@@ -210,14 +202,17 @@ class Consumer:
         since = self._asking_since
         return since is not None and time.monotonic() - since > STUCK_AFTER_S
 
-    # Claim
+    # When to claim
 
     def _claim_until_done(self) -> None:
         pause = 0.0
         while (claim := self._next_claim()) is not None:
             try:
-                with self._asking():
+                self._asking_since = time.monotonic()
+                try:
                     is_over = not claim() and self._is_done()
+                finally:
+                    self._asking_since = None
                 if is_over:
                     return
                 pause = 0.0
@@ -237,7 +232,9 @@ class Consumer:
                 decide_at = self._breaker.decide_at
                 if self._breaker.is_open:
                     if now >= self._hopeless_at():
-                        raise MakerMisconfigured(f"{self._maker.url}: {self._reported}; the queue is as it was")
+                        raise MakerMisconfigured(
+                            f"{self._maker.url}: {self._reported} ({self._maker_said}); the queue is as it was"
+                        )
                     busy = bool(self._waiting or self._trials or self._posting)
                     if not busy and now >= self._breaker.next_probe_at:
                         return self._probe
@@ -252,14 +249,6 @@ class Consumer:
                     return self._claim_batch
             return None
 
-    @contextmanager
-    def _asking(self) -> Iterator[None]:
-        self._asking_since = time.monotonic()
-        try:
-            yield
-        finally:
-            self._asking_since = None
-
     def _has_enough(self) -> bool:
         """Whether enough messages wait to fill all slots once."""
         return len(self._waiting) >= self._settings.slots * self._most_in_a_post
@@ -269,12 +258,30 @@ class Consumer:
         most = MOST_BACKOFFS_PER_SLOT * self._settings.slots
         if self._keeper.backing_off() + len(self._trials) > most:
             return True
-        return self._keeper.settling() > most + MOST_CLAIMS_UNSETTLED * self._settings.claim_limit
+        in_a_round = max(self._settings.claim_limit, self._settings.slots * self._most_in_a_post)
+        return self._keeper.settling() > most + MOST_ROUNDS_UNSETTLED * in_a_round
 
     def _hopeless_at(self) -> float:
         """When a drain gives up on a maker that waiting does not mend (monotonic); infinity while it need not."""
         since = self._breaker.misconfigured_since
         return since + MISCONFIGURED_DRAIN_S if self._settings.drain and since is not None else math.inf
+
+    def _is_done(self) -> bool:
+        """See to the queues now and then while there is nothing to claim; with drain, say whether nothing is left."""
+        settings, now = self._settings, time.monotonic()
+        if now >= self._next_check_at:
+            self._next_check_at = now + CHECK_QUEUES_EVERY_S
+            self._require_queues()
+        if not settings.drain or self._keeper.count() or self._queues.stats(settings.request_queue).total:
+            self._empty_since = None
+            is_working = self._keeper.count() > self._keeper.backing_off()
+            self._patience_s = LOOK_AGAIN_S if settings.drain and is_working else settings.poll_interval
+            return False
+        if self._empty_since is None:
+            self._empty_since = now
+        return now - self._empty_since >= self._queues.limits.stats_settle
+
+    # Claim
 
     def _claim_batch(self) -> bool:
         return self._claim(self._settings.claim_limit, wait=self._patience_s)
@@ -293,27 +300,14 @@ class Consumer:
             self._admit(found, probe=probe)
         return bool(found)
 
-    def _is_done(self) -> bool:
-        """See to the queues now and then while there is nothing to claim; with drain, say whether nothing is left."""
-        settings, now = self._settings, time.monotonic()
-        if now >= self._next_check_at:
-            self._next_check_at = now + CHECK_QUEUES_EVERY_S
-            self._require_queues()
-        if not settings.drain or self._keeper.count() or self._queues.stats(settings.request_queue).total:
-            self._empty_since = None
-            is_working = self._keeper.count() > self._keeper.backing_off()
-            self._patience_s = LOOK_AGAIN_S if settings.drain and is_working else settings.poll_interval
-            return False
-        if self._empty_since is None:
-            self._empty_since = now
-        return now - self._empty_since >= self._queues.limits.stats_settle
-
-    def _require_queues(self) -> None:
-        require_queues(self._queues, self._settings.queues, create=self._settings.create)
-
     def _admit(self, found: list[Held], *, probe: bool) -> None:
         """Count the receives before anything else; then line the messages up for the slots, or end them here."""
-        receives = self._count(found)
+        try:
+            receives = self._counts.received([held.message for held in found])
+        except QueuesError:
+            for held in found:
+                self._keeper.give_back(held)
+            raise
         with self._lock:
             self.totals["received"] += len(found)
             self.totals["redelivered"] += sum(counted.count > 1 for counted in receives)
@@ -330,31 +324,6 @@ class Consumer:
                     self._waiting.append(delivery)
             self._put_on_trial()
             self._has_work.notify()
-
-    def _put_on_trial(self) -> None:
-        """Charge what was received often only when its POST starts, and POST such messages one at a time.
-
-        A message that kills its consumer takes the others along that are claimed, or being POSTed, time after time;
-        only its own POSTs must count.
-        """
-        often = self._settings.max_receives // 2
-        tried = [found for found in self._waiting if found.receives.charged > often and not found.on_trial]
-        if tried:
-            with self._counts_written():
-                self._counts.excuse([delivery.id for delivery in tried])
-        for delivery in tried:
-            delivery.on_trial = True
-            if often:  # else all would be POSTed one at a time
-                self._waiting.remove(delivery)
-                self._trials.append(delivery)
-
-    def _count(self, found: list[Held]) -> list[Receives]:
-        try:
-            return self._counts.received([held.message for held in found])
-        except QueuesError:
-            for held in found:
-                self._keeper.give_back(held)
-            raise
 
     # POST
 
@@ -395,14 +364,6 @@ class Consumer:
     def _may_post(self) -> bool:
         return bool(self._waiting or (self._trials and self._tried is None))
 
-    def _end_trial(self, ended: Collection[Held]) -> None:
-        """Let the next one on trial be POSTed: until then, the death of this process would count against both."""
-        if self._tried is not None:
-            with self._lock:
-                if self._tried is not None and self._tried.held in ended:
-                    self._tried = None
-                    self._has_work.notify()
-
     def _is_ready(self, delivery: Delivery) -> bool:
         """Whether its claim is surely held for a POST; if not, the message is another's, or goes back."""
         if delivery.alone:  # before the look at the claim: this may take as long as a POST
@@ -410,7 +371,9 @@ class Consumer:
         # A stop may wait for one POST's deadline, not for a look at /healthz beside it.
         is_ready = not self._stopping and self._keeper.holds(delivery.held, self._maker.deadline_s + POST_SPARE_S)
         if is_ready and delivery.on_trial:
-            self._charge(delivery)  # takes seconds while another process keeps the counts locked
+            with self._lock, self._counts_written():
+                self._counts.charge([delivery.id])  # takes seconds while another process keeps them locked
+            delivery.on_trial = False
             is_ready = self._keeper.holds(delivery.held, self._maker.deadline_s)
         if is_ready:
             return True
@@ -456,11 +419,6 @@ class Consumer:
                 self._has_work.notify()
             self._has_room.notify()
 
-    def _charge(self, delivery: Delivery) -> None:
-        with self._lock, self._counts_written():
-            self._counts.charge([delivery.id])
-        delivery.on_trial = False
-
     # Act on the answer
 
     def _conclude(self, delivery: Delivery, *, guilty: bool, seconds: float) -> None:
@@ -483,6 +441,13 @@ class Consumer:
             if was_open or answer.outcome is None:
                 self._has_room.notify()  # when to claim next may have changed
 
+    def _settle(self, delivery: Delivery, outcome: str, reason: str, *letters: Post, fenced: bool) -> None:
+        """Post the response, and delete the message only then."""
+        self.totals[outcome] += 1
+        response = delivery.response(outcome, reason)
+        post = Post(self._settings.response_queue, response, self._settings.response_ttl)
+        self._keeper.settle(delivery.held, [*letters, post], fenced=fenced)
+
     def _stop_batches(self, refusal: str) -> None:
         """Where a batch was refused that passes one by one, the batch was at fault, not the maker's URL."""
         if refusal and self._most_in_a_post > 1:
@@ -504,17 +469,6 @@ class Consumer:
             self._report_maker(verdict.opened_by)
             self._excuse(self._take_waiting())
 
-    def _report_maker(self, delivery: Delivery) -> None:
-        """One line when the maker goes, and when what is wrong with it changes."""
-        misconfigured = delivery.failure is Failure.MISCONFIGURED
-        event = "the maker is unavailable: probing until it is back"
-        if misconfigured:
-            event = REFUSED_BY_MAKER if delivery.answer.refused else NOT_OUR_MAKER
-        if event != self._reported:
-            say = log.error if misconfigured else log.warning
-            say(event, url=self._maker.url, reason=delivery.answer.reason)
-        self._reported = event
-
     def _blame(self, delivery: Delivery) -> None:
         """The failure counts: the message comes back after a backoff or, received often enough, is a dead letter."""
         charged, answer = delivery.receives.charged, delivery.answer
@@ -528,6 +482,12 @@ class Consumer:
         log.warning("failed, comes back", **delivery.fields(), reason=answer.reason, backoff_s=round(delay, 1))
         self._keeper.give_back(delivery.held, delay=delay)
 
+    def _bury(self, delivery: Delivery, reason: str) -> None:
+        """Make the message a dead letter."""
+        log.error("dead letter", **delivery.fields(), outcome="failed", reason=reason)
+        letter = delivery.dead_letter(self._settings.request_queue, reason)
+        self._settle(delivery, "failed", reason, Post(self._settings.dead_letter_queue, letter), fenced=True)
+
     def _excuse(self, deliveries: Collection[Delivery], *, longest_backoff_s: float = 0) -> None:
         """Give the messages back, by default at once; this receive does not count against them."""
         if not deliveries:
@@ -537,6 +497,9 @@ class Consumer:
             self._counts.excuse([delivery.id for delivery in deliveries if not delivery.on_trial])
         for delivery in deliveries:
             self._keeper.give_back(delivery.held, delay=self._backoff(delivery.receives.count, longest_backoff_s))
+
+    def _backoff(self, attempt: int, longest_s: float) -> float:
+        return backoff(attempt, base_s=BACKOFF_BASE_S, longest_s=longest_s, uniform=self._uniform)
 
     @contextmanager
     def _counts_written(self) -> Iterator[None]:
@@ -548,39 +511,49 @@ class Consumer:
         except QueuesError as error:
             self._end_with(error)
 
-    def _backoff(self, attempt: int, longest_s: float) -> float:
-        return backoff(attempt, base_s=BACKOFF_BASE_S, longest_s=longest_s, uniform=self._uniform)
-
     def _take_waiting(self) -> list[Delivery]:
         waiting = [*self._trials, *self._waiting]
         self._trials.clear()
         self._waiting.clear()
         return waiting
 
-    def _bury(self, delivery: Delivery, reason: str) -> None:
-        """Make the message a dead letter."""
-        log.error("dead letter", **delivery.fields(), outcome="failed", reason=reason)
-        letter = delivery.dead_letter(self._settings.request_queue, reason)
-        self._settle(delivery, "failed", reason, Post(self._settings.dead_letter_queue, letter), fenced=True)
+    def _report_maker(self, delivery: Delivery) -> None:
+        """One line when the maker goes, and when what is wrong with it changes."""
+        misconfigured = delivery.failure is Failure.MISCONFIGURED
+        event = "the maker is unavailable: probing until it is back"
+        if misconfigured:
+            event = REFUSED_BY_MAKER if delivery.answer.refused else NOT_OUR_MAKER
+        if event != self._reported:
+            say = log.error if misconfigured else log.warning
+            say(event, url=self._maker.url, reason=delivery.answer.reason)
+        self._reported, self._maker_said = event, delivery.answer.reason
 
-    def _settle(self, delivery: Delivery, outcome: str, reason: str, *letters: Post, fenced: bool) -> None:
-        """Post the response, and delete the message only then."""
-        self.totals[outcome] += 1
-        response = delivery.response(outcome, reason)
-        post = Post(self._settings.response_queue, response, self._settings.response_ttl)
-        self._keeper.settle(delivery.held, [*letters, post], fenced=fenced)
+    # What was received often is POSTed by itself
 
-    def _guard(self, work: Callable[[], None]) -> None:
-        """Run a thread's work; whatever it raises ends the consumer in good order."""
-        try:
-            work()
-        except Exception as error:
-            self._end_with(error)
+    def _put_on_trial(self) -> None:
+        """Charge what was received often only when its POST starts, and POST such messages one at a time.
 
-    def _end_with(self, error: Exception) -> None:
-        with self._lock:
-            self._error = self._error or error
-            self.stop()
+        A message that kills its consumer takes the others along that are claimed, or being POSTed, time after time;
+        only its own POSTs must count.
+        """
+        often = self._settings.max_receives // 2
+        tried = [found for found in self._waiting if found.receives.charged > often and not found.on_trial]
+        if tried:
+            with self._counts_written():
+                self._counts.excuse([delivery.id for delivery in tried])
+        for delivery in tried:
+            delivery.on_trial = True
+            if often:  # else all would be POSTed one at a time
+                self._waiting.remove(delivery)
+                self._trials.append(delivery)
+
+    def _end_trial(self, ended: Collection[Held]) -> None:
+        """Let the next one on trial be POSTed: until then, the death of this process would count against both."""
+        if self._tried is not None:
+            with self._lock:
+                if self._tried is not None and self._tried.held in ended:
+                    self._tried = None
+                    self._has_work.notify()
 
     # What the keeper tells (KeeperEvents)
 
@@ -608,6 +581,8 @@ class Consumer:
     def keeper_died(self, error: Exception) -> None:
         self._end_with(error)
 
+    # What fails
+
     def _service_fails(self, doing: str, error: Exception) -> None:
         """One line when the queue service stops doing something or for another reason, not one for each attempt.
 
@@ -632,6 +607,21 @@ class Consumer:
         if doing in self._failing:
             del self._failing[doing]
             log.info("the queue service is back", doing=doing)
+
+    def _require_queues(self) -> None:
+        require_queues(self._queues, self._settings.queues, create=self._settings.create)
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        """Run a thread's work; whatever it raises ends the consumer in good order."""
+        try:
+            work()
+        except Exception as error:
+            self._end_with(error)
+
+    def _end_with(self, error: Exception) -> None:
+        with self._lock:
+            self._error = self._error or error
+            self.stop()
 
 
 @click.command(context_settings=SETTINGS)
@@ -658,7 +648,9 @@ class Consumer:
 @option(
     "--deadline", type=Number(0.1, 43_190, "seconds"), default=20.0, help="Seconds for one POST, by the wall clock."
 )
-@option("--max-receives", type=WholeNumber(1, 1000, "receives"), default=5, help="Receives before a dead letter.")
+@option(
+    "--max-receives", type=WholeNumber(1, 1000, "receives"), default=5, help="Receives that count before a dead letter."
+)
 @option("--poll-interval", type=Number(0.1, 20, "seconds"), default=2.0, help="Longest idle wait, in seconds.")
 @option("--response-ttl", type=WholeNumber(60, 1_209_600, "seconds"), default=86_400, help="Seconds a response lives.")
 @option("--drain", is_flag=True, help="Exit once nothing is left, messages claimed by others included.")
@@ -728,43 +720,17 @@ def _check(ctx: click.Context, given: dict[str, Any]) -> int:
 @contextmanager
 def _watched(consumer: Consumer, maker: Maker, given: dict[str, Any]) -> Iterator[None]:
     """Show the consumer's numbers until the block ends: on a terminal, and where --metrics-port asks for it."""
-    with ExitStack() as stack:
-        if given["metrics_port"] or (is_terminal(sys.stderr) and given["log_format"] == "text"):
-            # Queues of its own: what it asks must not hold up claims.
-            queues = stack.enter_context(open_queues(given["queue_url"]))
-            stack.enter_context(live_line(StatusLine(consumer, queues, given["request_queue"]).text))
-        if given["metrics_port"]:
-            from monitoring import Monitor, serve
-
-            names = {kind: given[f"{kind}_queue"] for kind in ("request", "dead_letter")}
-            stack.enter_context(serve(Monitor(consumer, maker, queues, names), given["metrics_port"]))
+    port = given["metrics_port"]
+    if not port and not (is_terminal(sys.stderr) and given["log_format"] == "text"):
         yield
+        return
+    from monitoring import Monitor, serve
 
-
-class StatusLine:
-    """What a terminal shows of a consumer at work, in less than 80 columns."""
-
-    def __init__(self, consumer: Consumer, queues: Queues, queue: str) -> None:
-        self._consumer = consumer
-        self._depth = Fresh(lambda: queues.stats(queue).total)
-        self._rate = Rate()
-
-    def text(self) -> str:
-        """An open breaker, the rate, POSTs in flight, messages in the queue and the time that they need, outcomes."""
-        totals, trouble = dict(self._consumer.totals), self._consumer.maker_trouble
-        done = {outcome: totals.get(outcome, 0) for outcome in ("created", "rejected", "failed")}
-        rate = self._rate.per_second(sum(done.values()))
-        words = [f"maker {trouble.value}"] if trouble else []
-        words += [f"{rate:,.0f}/s", f"{self._consumer.status()['posting']} in flight", self._queued(rate)]
-        words += [f"{number:,} {outcome}" for outcome, number in done.items() if number]
-        return "  ".join(words)
-
-    def _queued(self, rate: float) -> str:
-        try:
-            depth = self._depth.get(DEPTH_PATIENCE_S)
-        except Exception:  # the log says what is wrong with the service
-            return "? queued"
-        return f"{depth:,} queued" + (f" {clock_time(depth / rate)}" if depth and rate >= 1 else "")
+    with open_queues(given["queue_url"]) as queues:  # its own: what it asks must not hold up claims
+        names = {kind: given[f"{kind}_queue"] for kind in ("request", "dead_letter")}
+        monitor = Monitor(consumer, maker, queues, names)
+        with live_line(monitor.status_line), serve(monitor, port) if port else nullcontext():
+            yield
 
 
 def _settings(ctx: click.Context, queues: Queues, given: dict[str, Any]) -> Settings:
@@ -798,6 +764,7 @@ def _open_counts(queues: Queues, settings: Settings, given: dict[str, Any]) -> R
 
 def main() -> None:
     """Entry point of the command `widget-consumer`."""
+    end_at_interrupt()
     run(cli)
 
 

@@ -235,13 +235,11 @@ class Keeper:
             self._events.service_failed(error)
             return
         pause.end()
-        if self._failing and not self._is_refused_something():
-            self._failing = False
-            self._events.service_answered()
-
-    def _is_refused_something(self) -> bool:
-        with self._changed:
-            return any(claim.settling.seconds or claim.keeping.seconds for claim in self._claims.values())
+        if self._failing:
+            with self._changed:
+                self._failing = any(each.settling.seconds or each.keeping.seconds for each in self._claims.values())
+            if not self._failing:
+                self._events.service_answered()
 
     def _next_step(self) -> _Step | None:
         """Wait for what is to be done next; None when the keeper is closed and holds nothing."""

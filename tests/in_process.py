@@ -1,5 +1,6 @@
 """A script's entry point run in the test's own process, which saves the start of one."""
 
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,11 +25,14 @@ class Ended:
 
 def call(main: Callable[[], NoReturn], *options: object, stdin: bytes = b"") -> Ended:
     """Run the entry point with these options to its exit."""
+    usual = signal.getsignal(signal.SIGINT)
     with CliRunner().isolation(stdin) as (out, err, _), patch.object(sys, "argv", ["script", *map(str, options)]):
         try:
             main()
         except SystemExit as exit_:
             code = exit_.code
+        finally:
+            signal.signal(signal.SIGINT, usual)  # a consumer that starts lets it end the process
         sys.stdout.flush()
         sys.stderr.flush()
         written = out.getvalue().decode(), err.getvalue().decode()

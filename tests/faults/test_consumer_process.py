@@ -3,6 +3,8 @@
 import json
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -188,6 +190,36 @@ def test_signals_at_the_same_time_are_one(bench: Bench) -> None:
     assert bench.outcomes() == ["created", "created"]
     assert bench.queues.stats(REQUESTS).claimed == 0
     assert "second signal:" not in consumer.err
+
+
+STARTING = """
+import signal, sys, time
+import widget_consumer
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
+
+def swallow_interrupts(url):
+    try:
+        print("starting", flush=True)
+        time.sleep(10)
+    except KeyboardInterrupt:
+        print("swallowed", flush=True)
+    sys.exit(7)
+
+widget_consumer.open_queues = swallow_interrupts
+widget_consumer.main()
+"""
+"""A consumer, an import of which swallows KeyboardInterrupt as some that clean up do."""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, -2), (signal.SIGTERM, -15), (signal.SIGHUP, -1)])
+def test_a_signal_ends_a_consumer_that_is_starting(number: int, code: int) -> None:
+    with subprocess.Popen([sys.executable, "-c", STARTING], stdout=subprocess.PIPE, text=True) as starting:
+        assert starting.stdout
+        assert starting.stdout.readline() == "starting\n"
+        starting.send_signal(number)
+        assert (starting.wait(5), starting.stdout.read()) == (code, "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -27,7 +27,7 @@ from monitoring import Monitor, serve
 from widget_maker import create_app
 
 NAMES = {"request": "requests", "dead_letter": "dead-letters"}
-STATUS = {"claims": 2, "held": 12, "waiting": 7, "posting": 5, "busy_slots": 4, "breaker_open": 0}
+STATUS = {"claims": 2, "held": 12, "waiting": 7, "posting": 5, "busy_slots": 4}
 
 
 class Consumer:
