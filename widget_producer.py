@@ -47,8 +47,8 @@ Stored = list[tuple[str, str]]
 class Waiter:
     """Collects the responses to this producer's own requests; deletes those, and leaves all others alone.
 
-    pending: the widget id of each request without a response, by message id. Made before the first post, so
-    that it looks at newer responses only.
+    pending: the widget id of each request without a response, by message id; the caller puts it there. Made before the
+    first post, so that it looks at newer responses only.
     """
 
     def __init__(self, queues: Queues, response_queue: str) -> None:
@@ -57,10 +57,6 @@ class Waiter:
         self._marker = queues.end_marker(response_queue)
         self._answered: set[str] = set()
         self.pending: dict[str, str] = {}
-
-    def expect(self, stored: Stored) -> None:
-        """Wait for the responses to these requests too."""
-        self.pending.update(stored)
 
     def responses(self, timeout: float) -> Iterator[list[tuple[str, dict[str, JSON]]]]:
         """Lists of (widget id, response) as they come, until each request has one or `timeout` seconds are over.
@@ -95,11 +91,6 @@ class Waiter:
         return first
 
 
-def random_ids(count: int) -> Iterator[str]:
-    """Random UUIDs, version 1."""
-    return (str(uuid.uuid1()) for _ in range(count))
-
-
 def read_ids(lines: BinaryIO) -> Iterator[str]:
     """The ids in the file, one a line, blank lines left out. Raises ConfigError for what is no UTF-8 text."""
     most = MOST_BODY_BYTES + 1  # already too long for a request: a file without line ends must not fill the memory
@@ -128,7 +119,10 @@ def request(widget_id: str) -> dict[str, JSON]:
     try:
         widget_id.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"widget id {one_line(widget_id, 80)}: is no UTF-8 text") from error
+        raise ConfigError(
+            f"widget id {one_line(widget_id, 80)}: is no UTF-8 text: set a locale of UTF-8, such as LC_ALL=C.UTF-8,"
+            " or use --ids-file with a file in UTF-8"
+        ) from error
     if len(json.dumps(body)) > MOST_BODY_BYTES:
         raise ConfigError(f"widget id {one_line(widget_id, 80)}: makes a body of over {MOST_BODY_BYTES:,} bytes")
     return body
@@ -263,7 +257,7 @@ def _ids(widget_ids: tuple[str, ...], count: int | None, ids_file: BinaryIO | No
         return read_ids(ids_file), None
     if widget_ids:
         return widget_ids, len(widget_ids)
-    return random_ids(count or 1), count or 1
+    return (str(uuid.uuid1()) for _ in range(count or 1)), count or 1
 
 
 def _post_and_print(post: Callable[..., None], total: int | None, *, as_json: bool) -> None:
@@ -290,7 +284,7 @@ def _post_and_wait(waiter: Waiter, post: Callable[..., None], total: int | None,
         return " ".join(map(one_line, (widget_id, response["outcome"], response.get("reason") or ""))).rstrip()
 
     def report(stored: Stored) -> None:
-        waiter.expect(stored)
+        waiter.pending.update(stored)
         bar.update(len(stored))
 
     all_created = True

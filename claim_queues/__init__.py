@@ -78,7 +78,9 @@ def open_queues(url: str | None = None) -> Queues:
         from .sqs import SqsQueues
 
         return SqsQueues.from_url(url)
-    raise ConfigError("that is no queue URL: write sqlite:///PATH, rackspace://REGION, zaqar://CLOUD or sqs://REGION")
+    raise ConfigError(
+        "that is no queue URL: write sqlite:///PATH, rackspace://USER@REGION, zaqar://CLOUD or sqs://REGION"
+    )
 
 
 def _sqlite_path(rest: str) -> Path:

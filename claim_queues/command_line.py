@@ -9,24 +9,20 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, MutableMapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 from click.core import ParameterSource
 
-from .base import Limits, Queues, Range
+from .base import Limits, Queues
 from .errors import ConfigError, QueueNotFound, QueuesError
 from .terminal import RESET, TerminalHandler, colour, is_terminal
 
 __version__ = "0.1.0"
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-
-ENDED = b"\0"
-"""What run_until_signal() reads when the work is over; signals have numbers from 1."""
 
 SAME_SIGNAL_S = 0.5
 """GNU timeout, among others, sends a signal to the process and then to its group, which the process is in."""
@@ -41,44 +37,32 @@ def option(name: str, *parameter: str, **attributes: Any) -> Decorator:
     return click.option(name, *parameter, **shown | attributes)
 
 
-class WholeNumber(click.ParamType[int]):
-    """A whole number in ASCII digits, from low to high; click's own takes `1_000` and other scripts' digits."""
-
-    name = "integer"
-
-    def __init__(self, low: int, high: int, unit: str = "") -> None:
-        self.range = Range(low, high)
-        self.unit = f" {unit}" if unit else ""
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return "N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        if not re.fullmatch(r"[0-9]{1,12}", value) or int(value) not in self.range:
-            self.fail(f"{value!r} is not a whole number from {self.range}{self.unit}.", param, ctx)
-        return int(value)
-
-
-class Number(click.ParamType[float]):
-    """A decimal number in ASCII digits, from low to high."""
+class Number(click.ParamType[Any]):
+    """A decimal number in ASCII digits, from low to high; click's own takes `1_000` and other scripts' digits."""
 
     name = "number"
+    kind: type[Any] = float
+    digits = r"[0-9]{1,9}(\.[0-9]{1,9})?"
 
     def __init__(self, low: float, high: float, unit: str = "") -> None:
         self.low, self.high = low, high
-        self.unit = f" {unit}" if unit else ""
+        self.allowed = f"{low:,.10g} to {high:,.10g}" + (f" {unit}" if unit else "")
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
         return "N"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, float | int):
-            return float(value)
-        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value) or not self.low <= float(value) <= self.high:
-            self.fail(f"{value!r} is not a number from {self.low:,.9g} to {self.high:,.9g}{self.unit}.", param, ctx)
-        return float(value)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and not (re.fullmatch(self.digits, value) and self.low <= float(value) <= self.high):
+            self.fail(f"{value!r} is not a {self.name} from {self.allowed}.", param, ctx)
+        return self.kind(value)
+
+
+class WholeNumber(Number):
+    """A whole number likewise."""
+
+    name = "whole number"
+    kind = int
+    digits = "[0-9]{1,12}"
 
 
 class QueueName(click.ParamType[str]):
@@ -107,7 +91,7 @@ def queue_options(*names: str) -> Decorator:
         return option(
             "--queue-url",
             metavar="URL",
-            help="Queue service: sqlite:///PATH, rackspace://REGION, zaqar://CLOUD or sqs://REGION."
+            help="Queue service: sqlite:///PATH, rackspace://USER@REGION, zaqar://CLOUD or sqs://REGION."
             "  [default: one SQLite file per user]",
         )(function)
 
@@ -155,7 +139,10 @@ def require_grace(ctx: click.Context, limits: Limits) -> None:
 
 def run(command: click.Command) -> NoReturn:
     """Run the command and exit by the table of exit codes; an error is one line on stderr."""
-    sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115 closed by the caller: stays open as stdin does
+    # What the caller has closed is None: nothing to read, nowhere to log, and no output without an error.
+    sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115 stays open as stdin does
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
     try:
         code = command.main(standalone_mode=False) or 0
     except click.exceptions.NoArgsIsHelpError as error:
@@ -173,48 +160,42 @@ def run(command: click.Command) -> NoReturn:
     sys.exit(code)
 
 
-def run_until_signal(work: Callable[[], None], *, stop: Callable[[], None]) -> None:
-    """Run the work in a thread; the first signal calls `stop`, a second one ends the process at once.
+def end_at_interrupt() -> None:
+    """Let Ctrl-C end this process as SIGTERM does, until run_until_signal(): nothing is to be put in order before.
 
-    What comes within SAME_SIGNAL_S of the first is that one again. Raises what the work raises.
+    A KeyboardInterrupt may be swallowed, by an import's clean-up among others. Who starts it may have it ignore Ctrl-C.
     """
-    errors: list[Exception] = []
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def run_work() -> None:
-        try:
-            work()
-        except Exception as error:
-            errors.append(error)
-        writer.send(ENDED)
 
-    with _signal_numbers() as (reader, writer):
-        threading.Thread(target=run_work, name="work", daemon=True).start()
-        event = reader.recv(1)
-        if event != ENDED:
+def run_until_signal(work: Callable[[], None], *, stop: Callable[[], None]) -> None:
+    """Do the work; the first signal calls `stop` in a thread, a second one ends the process at once.
+
+    What comes within SAME_SIGNAL_S of the first is that one again.
+    """
+
+    def watch() -> None:
+        with reader:
+            if not reader.recv(1):
+                return
             first_at = time.monotonic()
             threading.Thread(target=stop, name="stop", daemon=True).start()  # or a second signal would wait for it
-            while (event := reader.recv(1)) != ENDED:
+            while number := reader.recv(1):
                 if time.monotonic() - first_at >= SAME_SIGNAL_S:
                     log.warning("second signal: ending at once; what is held is free when its claim ends")
-                    os._exit(128 + event[0])
-    if errors:
-        raise errors[0]
+                    os._exit(128 + number[0])
 
-
-@contextmanager
-def _signal_numbers() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A pair of sockets: what comes out of the first is the number of each signal, and what is sent by the second.
-
-    A signal handler alone would not wake a thread that is just falling asleep.
-    """
+    # A handler runs only between two steps of the main thread; the number of its signal gets through at once.
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    with reader, writer:
+    with writer:
         signal.set_wakeup_fd(writer.fileno())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
+        threading.Thread(target=watch, name="signals", daemon=True).start()
         try:
-            yield reader, writer
+            work()
         finally:
             signal.set_wakeup_fd(-1)  # the next file may be given the same number
 
@@ -236,23 +217,14 @@ def _flush_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class Log:
+class Log(logging.LoggerAdapter[logging.Logger]):
     """Events with fields, one line each: `log.info("created", message=..., widget=...)`."""
 
     def __init__(self, name: str) -> None:
-        self._logger = logging.getLogger(name)
+        super().__init__(logging.getLogger(name))
 
-    def debug(self, event: str, **fields: object) -> None:
-        self._logger.debug(event, extra={"fields": fields})
-
-    def info(self, event: str, **fields: object) -> None:
-        self._logger.info(event, extra={"fields": fields})
-
-    def warning(self, event: str, **fields: object) -> None:
-        self._logger.warning(event, extra={"fields": fields})
-
-    def error(self, event: str, **fields: object) -> None:
-        self._logger.error(event, extra={"fields": fields})
+    def process(self, event: str, fields: MutableMapping[str, Any]) -> tuple[str, MutableMapping[str, Any]]:
+        return event, {"extra": {"fields": fields}}
 
 
 log = Log("claim_queues")

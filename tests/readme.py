@@ -11,7 +11,7 @@ import widget_consumer
 import widget_maker
 import widget_producer
 from claim_queues import Limits, cloud_queues, sqlite, sqs, zaqar
-from claim_queues.command_line import Number, WholeNumber
+from claim_queues.command_line import Number
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 OPTIONS = README.parent / "docs" / "options.md"
@@ -138,10 +138,8 @@ def _takes(option: click.Option) -> str:
     kind = option.type
     if option.is_flag:
         return ""
-    if isinstance(kind, WholeNumber):
-        return f"{kind.range}{kind.unit}"
     if isinstance(kind, Number):
-        return f"{kind.low:,.9g} to {kind.high:,.9g}{kind.unit}"
+        return kind.allowed
     if isinstance(kind, click.Choice):
         return ", ".join(f"`{choice}`" for choice in kind.choices)
     return str(option.make_metavar(click.Context(click.Command(""))))

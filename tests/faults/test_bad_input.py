@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -491,3 +492,36 @@ def test_a_good_request_behind_1000_poisonous_ones_is_made_and_none_of_them_is_l
     lines = ended.stderr.split("\n")[:-1]
     assert len(lines) == 1 + 1_000 + 2
     assert all(line.isprintable() and len(line) < 3_000 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("widget_producer.py", "--count", 2), 1),
+        (("-m", "claim_queues", "stats"), 1),
+        (("widget_consumer.py", "--drain"), 0),
+    ],
+    ids=["producer", "tool", "consumer"],
+)
+def test_without_a_stdout_what_writes_there_says_so_and_the_rest_works(
+    words: tuple[object, ...], code: int, tmp_path: Path
+) -> None:
+    done = closed("1", *words, tmp_path=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert ("Bad file descriptor" in done.stderr) == bool(code)
+    assert "Traceback" not in done.stderr
+
+
+def test_without_a_stderr_everything_works(tmp_path: Path) -> None:
+    assert closed("2", "widget_producer.py", "--count", 2, tmp_path=tmp_path).stdout.count("\n") == 2
+    assert closed("2", "widget_consumer.py", "--drain", "--claim-limit", 1, tmp_path=tmp_path).returncode == 0
+    assert closed("2", "widget_consumer.py", "--no-such-option", tmp_path=tmp_path).returncode == USAGE
+
+
+def closed(descriptor: str, *words: object, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """What a shell's `command >&-` or `2>&-` comes to, with a maker that makes all."""
+    with ScriptedMaker() as maker:
+        env = os.environ | {"WIDGET_MAKER_URL": maker.url, "WIDGET_QUEUE_URL": f"sqlite:///{tmp_path}/queue"}
+        line = shlex.join([sys.executable, *map(str, words)])
+        command = ["sh", "-c", f"exec {line} {descriptor}>&-"]
+        return subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True, timeout=60, check=False)

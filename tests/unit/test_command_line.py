@@ -122,6 +122,17 @@ run_until_signal(lambda: forever("working"), stop=lambda: forever("stopping"))
     assert process.returncode == 130
 
 
+def test_an_interrupt_that_is_ignored_from_the_start_stays_so() -> None:
+    program = """
+import signal
+from claim_queues.command_line import end_at_interrupt
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+end_at_interrupt()
+signal.raise_signal(signal.SIGINT)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
 # Options
 
 

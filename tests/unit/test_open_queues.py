@@ -66,7 +66,9 @@ def test_a_sqlite_url_without_a_plain_path_is_refused(
 
 @pytest.mark.parametrize("url", ["", "queue", "/tmp/queue", "http://example.org/", "redis://x", "SQLITE", ":", "://"])
 def test_what_names_no_service_is_refused_with_what_would(url: str) -> None:
-    with pytest.raises(ConfigError, match="write sqlite:///PATH, rackspace://REGION, zaqar://CLOUD or sqs://REGION"):
+    with pytest.raises(
+        ConfigError, match="write sqlite:///PATH, rackspace://USER@REGION, zaqar://CLOUD or sqs://REGION"
+    ):
         open_queues(url)
 
 

@@ -164,7 +164,11 @@ def test_what_is_no_text_is_refused_with_its_line_and_nothing_is_posted(queues: 
 
 def test_an_argument_that_is_no_utf_8_is_refused_and_shown_escaped(queues: SqliteQueues) -> None:
     ended = produce("--widget-id", "a\udcff")
-    assert ended == Ended(2, "", "error: widget id a\\udcff: is no UTF-8 text\n")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == (
+        "error: widget id a\\udcff: is no UTF-8 text: set a locale of UTF-8, such as LC_ALL=C.UTF-8,"
+        " or use --ids-file with a file in UTF-8\n"
+    )
     assert posted(queues) == []
 
 
