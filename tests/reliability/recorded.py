@@ -144,8 +144,8 @@ def _leak() -> None:
     kept: list[object] = []
 
     def leaking(self: Any, held: Any, end: Any) -> None:
-        kept.append(bytearray(4096 * len(held)))
-        if len(kept) % 100 == 0:
+        kept.append(b"x" * 4096 * len(held))  # zeroes would take no memory until they are written to
+        if len(kept) % 25 == 0:
             os.dup(0)
         ended(self, held, end)
 
