@@ -100,12 +100,12 @@ def test_the_sums_of_scaling_are_right() -> None:
         for service, cell in enumerate(cells[:3]):
             if not cell:
                 continue
-            b, c, s, d, i, cpu, service_cpu = (number(per[name][service] or "0") for name in "bcsdiuv")
+            b, c, s, d, w, i, cpu, service_cpu = (number(per[name][service] or "0") for name in "bcsdwiuv")
             r = number(rate)
             n = max(2, math.ceil(round(max(r * cpu / 0.7e6, r * s * REQUEST_S), 6)))
             full = r * (c + IN_BULK[service])
-            alone = r * (d / min(b, max(1, r * REQUEST_S / n)) + 1) + n * i
-            q = full if what.endswith(", a") else alone
+            alone = r * (d / min(b, max(1, r * REQUEST_S / n)) + 1) + n * w
+            q = {"a": full, "o": alone, "i": n * i}.get(what[-1], 0)
             if what == "consumers x slots":
                 slots = int(cell.partition(" x ")[2])
                 assert n * slots >= r * POST_S / 0.7, (rate, cell)

@@ -185,7 +185,7 @@ def sensible(parameter: click.Parameter) -> st.SearchStrategy[str] | None:
     """Values near the option's range, most of them in it; None where any text will do."""
     kind = parameter.type
     if isinstance(kind, WholeNumber):
-        low, high = kind.range.low, min(kind.range.high, 50 if parameter.name == "count" else kind.range.high)
+        low, high = int(kind.low), 50 if parameter.name == "count" else int(kind.high)
         return st.one_of(st.integers(low, high).map(str), st.integers(low - 2, low + 2).map(str))
     if isinstance(kind, Number):
         return st.floats(kind.low, kind.high).map(lambda number: f"{number:.3f}")

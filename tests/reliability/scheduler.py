@@ -311,6 +311,9 @@ class Event:
         self._changed = Condition(scheduler)
         self._is_set = False
 
+    def is_set(self) -> bool:
+        return self._is_set
+
     def set(self) -> None:
         with self._changed:
             self._is_set = True

@@ -9,7 +9,7 @@ import signal
 import socket
 import socketserver
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,14 @@ def soak(scale: float, bug: str = "") -> Result:
         maker = _FORKS.Process(target=_make, args=(listener,), daemon=True)
         queues = stack.enter_context(SqliteQueues(made.queue))
         flow = _Flow(queues, count)
-        flow.fill()
         maker.start()
         stack.callback(maker.join)
         stack.callback(maker.kill)
         options: list[object] = ["--maker-url", f"http://127.0.0.1:{listener.getsockname()[1]}/widgets"]
         options += ["--receive-counts", made.directory / "counts.sqlite3", "--log-level", "warning"]
         consumer = made.run("widget_consumer", *options, "--post-batch", 20, plan=Plan(bug=bug))
+        wait_until(lambda: _waits(consumer) or not consumer.is_running)  # what it opens for that, it keeps
+        flow.fill()
         samples = _measure(consumer, flow, count)
         consumer.signal(signal.SIGTERM)
         code = consumer.wait()
@@ -125,6 +126,13 @@ def _measure(consumer: Run, flow: _Flow, count: int) -> list[Sample]:
         assert consumer.is_running, consumer.err.read_text()[-2000:]
         assert time.monotonic() - heard_at < LONGEST_SILENCE_S, "the consumer has stopped working"
     return samples
+
+
+def _waits(consumer: Run) -> bool:
+    """Whether the consumer watches its queue's file: it does so from the first time that it finds nothing."""
+    with suppress(FileNotFoundError):  # one that has just been closed
+        return any("inotify" in str(found.readlink()) for found in Path(f"/proc/{consumer.pid}/fd").iterdir())
+    return False
 
 
 def _sample(consumer: Run, flow: _Flow) -> Sample:

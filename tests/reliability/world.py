@@ -15,7 +15,7 @@ from zlib import crc32
 
 from claim_queues import sqlite, zaqar_api
 from claim_queues.base import JSON, Claim, Message, Queues, Settled, Settlement, Stats, decode
-from claim_queues.errors import ClaimLost, MessageRefused, QueueUnavailable
+from claim_queues.errors import AnswerLost, ClaimLost, MessageRefused, QueueUnavailable
 
 from .scheduler import Process, Scheduler, Ticket
 
@@ -163,7 +163,7 @@ class World:
             self.scheduler.sleep(uniform(0.001, 0.02))
         if self.chance("queue answers lost", 0.05):
             self.sometimes(f"{name}: answer lost")
-            raise zaqar_api.AnswerLost("who knows")
+            raise AnswerLost("who knows")
         return found
 
 
