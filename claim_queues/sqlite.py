@@ -177,29 +177,25 @@ class SqliteQueues(Queues):
             self._connection.execute(LIVE_ON, values)
 
     def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
-        acceptable: dict[int, tuple[str, list[tuple[str, str, int | None]]]] = {}
+        ends: dict[int, tuple[str, Sequence[tuple[str, str, int | None]]]] = {}
         refused: dict[str, MessageRefused] = {}
         for message, posts, _ in settlements:
-            for post in posts:
-                self.limits.check_message_ttl(post.ttl)
             try:
-                texts = [(queue, self.limits.encode(body), ttl) for queue, body, ttl in posts]
+                ends[self._place(message)] = message.id, [self._outgoing(*post) for post in posts] if posts else ()
             except MessageRefused as error:
                 refused[message.id] = error
-            else:
-                acceptable[self._place(message)] = message.id, texts
-        with self._writing(wakes=any(texts for _, texts in acceptable.values())) as write:
+        with self._writing(wakes=any(posts for _, posts in ends.values())) as write:
             # One transaction: posts and deletes become durable together, so their order here is free.
             rows: list[Any] = self._connection.execute(
                 f"DELETE FROM messages WHERE {HELD_BY_CLAIM} RETURNING place",
-                {"places": json.dumps(list(acceptable)), "claim": claim.id, "now": write.now},
+                {"places": json.dumps(list(ends)), "claim": claim.id, "now": write.now},
             ).fetchall()
-            ended = [acceptable.pop(place) for (place,) in rows]
+            ended = [ends.pop(place) for (place,) in rows]
             if texts := [text for _, texts in ended for text in texts]:
                 self._insert(write.now, texts)
         return Settled(
-            deleted=frozenset(id_ for id_, _ in ended),
-            lost=frozenset(id_ for id_, _ in acceptable.values()),
+            deleted=frozenset([id_ for id_, _ in ended]),
+            lost=frozenset([id_ for id_, _ in ends.values()]),
             refused=refused,
         )
 
@@ -395,6 +391,10 @@ class SqliteQueues(Queues):
             for place, body, posted, expires, receives, checksum in rows
         )
 
+    def _outgoing(self, queue: str, body: JSON, ttl: int | None) -> tuple[str, str, int | None]:
+        self.limits.check_message_ttl(ttl)
+        return queue, self.limits.encode(body), ttl
+
     def _number(self, queue: str) -> int:
         """The queue's number, given to it at its first use; inside a write transaction."""
         if (number := self._known(queue)) == 0:
@@ -440,6 +440,8 @@ class SqliteQueues(Queues):
             with transaction(self._connection):
                 write = _Write(int(self._clock() * 1000), synced)
                 yield write
+            if not wakes and not write.synced:
+                return
             self._in_use += 1
         try:
             if wakes:

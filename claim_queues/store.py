@@ -53,6 +53,8 @@ def open_store(path: Path, *, application_id: int, version: int, schema: str, up
     with store_errors(path):
         connection = apsw.Connection(str(path.absolute()), flags=apsw.SQLITE_OPEN_READWRITE)
         try:
+            # SQLite built with STAT4 would plan most statements anew each time their values change.
+            connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
             connection.set_busy_handler(_lock_waiter())
             _refuse_foreign(connection, path, application_id, version)
             _make_durable(connection, path)

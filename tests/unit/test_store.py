@@ -346,6 +346,11 @@ def test_a_new_file_that_another_process_does_not_leave_is_unavailable(path, mon
             open_store(path)
 
 
+def test_a_statement_is_planned_once_whatever_its_values(path):
+    with open_store(path) as connection:
+        assert connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, -1) == 1
+
+
 def test_a_write_transaction_takes_its_place_before_it_reads(path):
     with open_store(path) as connection:
         statements = []
