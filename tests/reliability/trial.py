@@ -56,6 +56,12 @@ def start_forks(**environment: str) -> None:
         os.environ.update(kept)
 
 
+def require_forks() -> None:
+    """Start the process that all others are forked off, unless it runs."""
+    if forkserver._forkserver._forkserver_pid is None:
+        start_forks()
+
+
 class Run:
     """One script as a process.
 
@@ -70,8 +76,7 @@ class Run:
             path.touch()
         self.process = _FORKS.Process(target=recorded.run, args=(script, options, plan, out, err), daemon=True)
         with _STARTING:
-            if forkserver._forkserver._forkserver_pid is None:
-                start_forks()
+            require_forks()
             self.process.start()
             multiprocessing.process._children.discard(self.process)  # or a start in another thread would reap it
         self.started = time.monotonic()
@@ -306,6 +311,7 @@ def scaled(full: int, scale: float, least: int = 1) -> int:
 
 def side_by_side(work: Callable[[Any], Any], cases: Sequence[Any], lanes: int) -> list[Any]:
     """The results of work(case) for each case, so many at a time; they mostly wait."""
+    require_forks()  # it changes os.environ, which no thread may read meanwhile
     with ThreadPoolExecutor(lanes) as pool:
         return list(pool.map(work, cases))
 

@@ -1531,6 +1531,7 @@ def test_a_maker_that_takes_no_batches_is_asked_again_after_it_was_gone(
 def test_an_outage_of_batches_charges_nobody_and_opens_the_breaker(bench: Bench) -> None:
     ids = bench.post(*(widget_id(number) for number in range(40)))
     bench.maker.answer = lambda request: DOWN
+    bench.maker.health = DOWN  # else a probe that is alone while the others are in backoff would be guilty
 
     with bench.consuming(post_batch=20) as running:
         wait_until(lambda: running.consumer.maker_trouble)
