@@ -4,8 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,6 +22,7 @@ SCHEMA = "CREATE TABLE things (name TEXT) STRICT;"
 
 OPENS = f"""
 import sys
+import threading
 from pathlib import Path
 from claim_queues import StoreError
 from claim_queues.store import open_store
@@ -438,3 +441,64 @@ def test_a_state_directory_that_cannot_be_made_is_refused(tmp_path, monkeypatch)
 
     with pytest.raises(StoreError, match="the directory cannot be made"):
         store.state_path("queues.sqlite3")
+
+
+@contextmanager
+def long_log(path: Path, pages: int) -> Iterator[apsw.Connection]:
+    """A connection that syncs later, after so many pages were written one by one."""
+    with open_store(path) as connection, closing(store.sync_later(connection)):
+        write(connection, pages)
+        yield connection
+
+
+def write(connection: apsw.Connection, pages: int) -> None:
+    for _ in range(pages):
+        connection.execute("INSERT INTO things VALUES (hex(randomblob(1500)))")
+
+
+def log_pages(connection: apsw.Connection) -> float:
+    return Path(connection.filename_wal).stat().st_size / 4120
+
+
+def test_a_long_log_is_begun_anew(path):
+    with long_log(path, 5 * store.LONG_LOG) as connection:
+        assert store.LONG_LOG <= log_pages(connection) < store.LONG_LOG + 20
+
+
+def test_a_long_log_is_begun_anew_though_others_write_all_the_time(path):
+    writing = threading.Event()
+
+    def write_on() -> None:
+        with open_store(path) as other, closing(store.sync_later(other)):
+            while not writing.is_set():
+                write(other, 1)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(write_on)
+        with long_log(path, 5 * store.LONG_LOG) as connection:
+            size = log_pages(connection)
+        writing.set()
+    assert size < 2 * store.LONG_LOG
+
+
+def test_who_reads_is_not_waited_for_and_the_log_begins_anew_after(path):
+    with long_log(path, 1) as connection, open_store(path) as reader:
+        reader.execute("BEGIN; SELECT * FROM things")
+        write(connection, 2 * store.LONG_LOG)
+        assert log_pages(connection) > 2 * store.LONG_LOG
+        grown = log_pages(connection)
+        reader.execute("COMMIT")
+
+        write(connection, store.LONG_LOG // 2)
+        assert log_pages(connection) < grown + 20
+
+
+def test_after_a_look_at_a_long_log_a_locked_file_is_waited_for_again(path):
+    with long_log(path, store.LONG_LOG + 1) as connection, open_store(path) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with ThreadPoolExecutor(1) as pool:
+            written = pool.submit(write, connection, 1)
+            wait([written], timeout=0.1)
+            assert not written.done()
+            other.execute("COMMIT")
+            written.result(5)
