@@ -52,6 +52,8 @@ LIMITS = Limits(
 RECHECK_S = 1.0
 """Longest sleep without a look, for a poster that died between its commit and its touch."""
 RECHECK_BLIND_S = 0.05
+LOOK_EVERY_MS = 100
+"""While every claim is full, what has lapsed or expired may wait for so long."""
 PURGE_BATCH = 10_000
 NEVER_MS = 2**62
 
@@ -83,6 +85,7 @@ PLACE = re.compile("([0-9a-f]{8})([0-9a-f]{16})")
 """A message id: of the file, and of the message in it."""
 ALIVE = "(expires IS NULL OR expires > :now)"
 IN_PLACES = "place IN (SELECT value FROM json_each(:places))"
+DELETE_HELD = "DELETE FROM messages WHERE place = ? AND claim = ? AND held_until > ?"
 HELD_BY_CLAIM = f"{IN_PLACES} AND claim = :claim AND held_until > :now"
 LIVE_ON = f"UPDATE messages SET expires = :until + :grace WHERE {IN_PLACES} AND claim = :claim AND expires < :until"
 COLUMNS = "place, body, posted, expires, receives, checksum"
@@ -96,8 +99,8 @@ class _Seen(NamedTuple):
     expired: bool
 
 
-ANYTHING = _Seen(free=True, lapsed=True, expired=True)
-"""What a claim allows for after one that was full: a look would cost more than it saves."""
+FREE_ONLY = _Seen(free=True, lapsed=False, expired=False)
+"""What a claim goes by after one that was full: a look would cost more than it saves."""
 
 
 @dataclass(slots=True)
@@ -126,7 +129,7 @@ class SqliteQueues(Queues):
         self._numbers: dict[str, int] = {}
         self._synced_to = 0  # places are given in the order of commits: what lies before it is synced too
         self._failed_sync = ""
-        self._full: set[str] = set()
+        self._full: dict[str, int] = {}  # queues whose last claim was full, and when they were last looked at
         self._connection = open_store(
             path, application_id=APPLICATION_ID, version=SCHEMA_VERSION, schema=SCHEMA, upgrade=UPGRADE
         )
@@ -177,33 +180,34 @@ class SqliteQueues(Queues):
             self._connection.execute(LIVE_ON, values)
 
     def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
-        ends: dict[int, tuple[str, Sequence[tuple[str, str, int | None]]]] = {}
+        outgoing: list[tuple[Message, list[tuple[str, str, int | None]]]] = []
         refused: dict[str, MessageRefused] = {}
         for message, posts, _ in settlements:
             try:
-                ends[self._place(message)] = message.id, [self._outgoing(*post) for post in posts] if posts else ()
+                outgoing.append((message, [self._outgoing(*post) for post in posts]))
             except MessageRefused as error:
                 refused[message.id] = error
-        with self._writing(wakes=any(posts for _, posts in ends.values())) as write:
+        deleted: list[str] = []
+        lost: list[str] = []
+        with self._writing(wakes=any(rows for _, rows in outgoing)) as write:
             # One transaction: posts and deletes become durable together, so their order here is free.
-            rows: list[Any] = self._connection.execute(
-                f"DELETE FROM messages WHERE {HELD_BY_CLAIM} RETURNING place",
-                {"places": json.dumps(list(ends)), "claim": claim.id, "now": write.now},
-            ).fetchall()
-            ended = [ends.pop(place) for (place,) in rows]
-            if texts := [text for _, texts in ended for text in texts]:
-                self._insert(write.now, texts)
-        return Settled(
-            deleted=frozenset([id_ for id_, _ in ended]),
-            lost=frozenset([id_ for id_, _ in ends.values()]),
-            refused=refused,
-        )
+            stored: list[tuple[str, str, int | None]] = []
+            for message, rows in outgoing:
+                self._connection.execute(DELETE_HELD, (self._place(message), claim.id, write.now))
+                if self._connection.changes():
+                    deleted.append(message.id)
+                    stored += rows
+                else:
+                    lost.append(message.id)
+            if stored:
+                self._insert(write.now, stored)
+        return Settled(deleted=frozenset(deleted), lost=frozenset(lost), refused=refused)
 
     def release(self, claim: Claim, messages: Collection[Message] | None = None, *, delay: float = 0) -> None:
         self.limits.check_release(delay=delay)
         with self._writing(synced=False, wakes=True) as write:
             values = self._held(claim, messages, write.now)
-            values |= {"until": write.now + round(delay * 1000), "grace": claim.grace * 1000}
+            values |= {"until": write.now + round(delay * 1000) if delay else 0, "grace": claim.grace * 1000}
             # A delay must not be what ends a message's life.
             self._connection.execute(f"{LIVE_ON} AND held_until > :now", values)
             self._connection.execute(
@@ -281,7 +285,9 @@ class SqliteQueues(Queues):
 
     def _claim(self, queue: str, ttl: int, grace: int, limit: int) -> Claim | None:
         """Claim in one transaction, after what is seen to have lapsed or expired is cleared away."""
-        seen = ANYTHING if queue in self._full else self._look(queue)
+        looked_at, seen = self._full.get(queue, 0), FREE_ONLY
+        if not looked_at <= self._now() < looked_at + LOOK_EVERY_MS:
+            looked_at, seen = self._look(queue)
         if not any(seen):
             return None
         claim_id = os.urandom(12).hex()
@@ -329,11 +335,16 @@ class SqliteQueues(Queues):
             newest: Any = self._connection.execute("SELECT max(place) FROM messages").get if write.synced else 0
         if write.synced:
             self._synced_to = newest
-        (self._full.add if len(rows) == limit else self._full.discard)(queue)
+        if len(rows) == limit:
+            self._full[queue] = looked_at
+        else:
+            self._full.pop(queue, None)
+            if not rows and seen is FREE_ONLY:  # there may be more than what was free at once
+                return self._claim(queue, ttl, grace, limit)
         return Claim(claim_id, queue, self._messages(rows, now), grace) if rows else None
 
-    def _look(self, queue: str) -> _Seen:
-        """Look for what a claim has to do.
+    def _look(self, queue: str) -> tuple[int, _Seen]:
+        """The time, and what a claim has to do.
 
         A look before the write lock is taken: an idle consumer must not stand in a busy one's way. What has expired is
         removed by claims only: left lying, each look would have to pass over it.
@@ -347,7 +358,7 @@ class SqliteQueues(Queues):
                 """,
                 {"queue": self._known(queue), "now": now},
             )
-        return _Seen(free, lapsed, expired)
+        return now, _Seen(free, lapsed, expired)
 
     def _browse(self, queue: str, after: int, limit: int, claimed: bool) -> Page:
         with self._reading() as now:
@@ -371,24 +382,27 @@ class SqliteQueues(Queues):
         return Page(self._messages(rows, now), str(rows[-1][0] if rows else after))
 
     def _insert(self, now: int, posts: Iterable[tuple[str, str, int | None]]) -> None:
+        rows = []
+        for queue, text, ttl in posts:
+            body = text.encode()
+            expires = None if ttl is None else now + ttl * 1000
+            rows.append((self._number(queue), now, expires, body, zlib.crc32(body)))
         self._connection.executemany(
-            "INSERT INTO messages (queue, posted, expires, body, checksum) VALUES (?, ?, ?, ?, ?)",
-            [
-                (self._number(queue), now, None if ttl is None else now + ttl * 1000, body, zlib.crc32(body))
-                for queue, body, ttl in ((queue, text.encode(), ttl) for queue, text, ttl in posts)
-            ],
+            "INSERT INTO messages (queue, posted, expires, body, checksum) VALUES (?, ?, ?, ?, ?)", rows
         )
 
     def _messages(self, rows: Iterable[tuple[Any, ...]], now: int) -> tuple[Message, ...]:
         return tuple(
-            Message(
-                f"{self._store_id}{place:016x}",
-                _body(body, checksum),
-                max(0, now - posted) / 1000,
-                None if expires is None else (expires - posted) // 1000,
-                receives,
-            )
-            for place, body, posted, expires, receives, checksum in rows
+            [
+                Message(
+                    self._id(place),
+                    _body(body, checksum),
+                    max(0, now - posted) / 1000,
+                    None if expires is None else (expires - posted) // 1000,
+                    receives,
+                )
+                for place, body, posted, expires, receives, checksum in rows
+            ]
         )
 
     def _outgoing(self, queue: str, body: JSON, ttl: int | None) -> tuple[str, str, int | None]:
@@ -421,11 +435,14 @@ class SqliteQueues(Queues):
         places = list(map(self._place, claim.messages if messages is None else messages))
         return {"places": json.dumps(places), "claim": claim.id, "now": now}
 
+    def _now(self) -> int:
+        return int(self._clock() * 1000)
+
     @contextmanager
     def _reading(self) -> Iterator[int]:
         """Alone on the connection; gives the time in milliseconds."""
         with self._lock, store_errors(self._path):
-            yield int(self._clock() * 1000)
+            yield self._now()
 
     @contextmanager
     def _writing(self, *, synced: bool = True, wakes: bool = False) -> Iterator[_Write]:
@@ -438,7 +455,7 @@ class SqliteQueues(Queues):
             if self._failed_sync:  # a system tells of it once; the next sync would succeed whatever was lost
                 raise StoreError(self._failed_sync)
             with transaction(self._connection):
-                write = _Write(int(self._clock() * 1000), synced)
+                write = _Write(self._now(), synced)
                 yield write
             if not wakes and not write.synced:
                 return

@@ -277,14 +277,45 @@ class TestQueuesAndIds:
 
         assert bodies(queues.claim("requests", **HOLD, limit=2)) == ["lapsed", "next"]
 
-    def test_a_busy_consumer_does_without_looks_until_a_claim_is_not_full(self, queues):
+    def test_a_busy_consumer_finds_within_100_ms_what_lapsed(self, queues, clock):
+        queues.post("requests", ["lapsed", "busy", "busier", "next"])
+        queues.claim("requests", **HOLD, limit=1)
+        clock.advance(59.9375)
+        assert bodies(queues.claim("requests", **HOLD, limit=1)) == ["busy"]
+
+        clock.advance(0.0625)
+        assert bodies(queues.claim("requests", **HOLD, limit=1)) == ["busier"]
+        clock.advance(0.0625)
+        assert bodies(queues.claim("requests", **HOLD, limit=2)) == ["lapsed", "next"]
+
+    def test_what_lapsed_is_claimed_at_once_when_nothing_else_is_free(self, queues, clock):
+        queues.post("requests", ["lapsed", "busy"])
+        queues.claim("requests", **HOLD, limit=1)
+        clock.advance(59.9375)
+        assert bodies(queues.claim("requests", **HOLD, limit=1)) == ["busy"]
+
+        clock.advance(0.0625)
+        assert bodies(queues.claim("requests", **HOLD, limit=1)) == ["lapsed"]
+
+    def test_a_busy_consumer_gets_what_was_released_at_its_old_place(self, queues):
+        queues.post("requests", ["one", "two", "three"])
+        claim = queues.claim("requests", **HOLD, limit=1)
+        queues.claim("requests", **HOLD, limit=1)
+
+        queues.release(claim)
+
+        assert bodies(queues.claim("requests", **HOLD, limit=2)) == ["one", "three"]
+
+    @pytest.mark.parametrize(("passes", "looks"), [(0, 1), (0.125, 3), (-100, 3)])
+    def test_a_busy_consumer_does_without_most_looks(self, queues, clock, passes, looks):
         queues.post("requests", ["one", "two", "three"])
 
         with statements_of(queues) as seen:
-            claims = [queues.claim("requests", **HOLD, limit=1) for _ in range(5)]
+            for body in "one", "two", "three":
+                assert bodies(queues.claim("requests", **HOLD, limit=1)) == [body]
+                clock.advance(passes)
 
-        assert [bodies(claim) for claim in claims if claim] == [["one"], ["two"], ["three"]]
-        assert len([sql for sql, _ in seen if "EXISTS" in sql]) == 2  # before the first claim, and before the last
+        assert len([sql for sql, _ in seen if "EXISTS" in sql]) == looks
 
 
 class TestBodies:
