@@ -489,7 +489,7 @@ class Wire:
     def close(self) -> None:
         self.is_connected = False
 
-    def settimeout(self, seconds: float) -> None:
+    def settimeout(self, seconds: float | None) -> None:
         self.timeout = seconds
 
     def getpeername(self) -> tuple[str, int]:
@@ -502,7 +502,7 @@ class Wire:
 
     def recv(self, most: int) -> bytes:
         scheduler = self._world.scheduler
-        end = scheduler.now + (self.timeout or 0)
+        end = math.inf if self.timeout is None else scheduler.now + self.timeout
         while not self._received and self._ended is None:
             self._reader = scheduler.ticket()
             if not scheduler.park(end):

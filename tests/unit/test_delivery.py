@@ -3,6 +3,7 @@
 import gzip
 import ipaddress
 import json
+import socket
 import ssl
 import time
 import uuid
@@ -518,6 +519,14 @@ def test_many_posts_share_one_connection(maker: ScriptedMaker, connection: Conne
     assert maker.connections == 1
 
 
+@pytest.fixture(params=["told by the kernel", "polled"])
+def looks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways in which a connection is looked at before a POST."""
+    if request.param == "polled":
+        monkeypatch.delattr(socket, "TCP_INFO")
+
+
+@pytest.mark.usefixtures("looks")
 def test_a_connection_closed_while_idle_is_opened_again_without_a_failed_post(
     maker: ScriptedMaker, connection: Connection
 ) -> None:
@@ -528,6 +537,19 @@ def test_a_connection_closed_while_idle_is_opened_again_without_a_failed_post(
         wait_until(lambda: not connection._transport.is_connected)
     assert answers == [CREATED] * 5
     assert maker.connections == 5
+
+
+@pytest.mark.usefixtures("looks")
+def test_what_comes_unasked_is_no_answer_to_the_next_post(maker: ScriptedMaker, connection: Connection) -> None:
+    unasked = json.dumps(OWN_ERROR).encode()
+    refusal = head(f"Content-Length: {len(unasked)}", status="422 Unprocessable Content") + unasked
+    maker.answer = lambda _: Raw([head(LENGTH) + NAMED_TEXT, refusal], every=0.05, end="keep")
+    answers = []
+    for _ in range(3):
+        answers.append(post(connection).outcome)
+        wait_until(lambda: not connection._transport.is_connected)
+    assert answers == [CREATED] * 3
+    assert maker.connections == 3
 
 
 def test_a_maker_that_is_not_there_is_unavailable() -> None:
