@@ -134,7 +134,7 @@ class Consumer:
         self._posting = self._idle_slots = 0
         self._asking_since: float | None = None  # the queue service, by the claiming thread
         self._most_in_a_post = settings.post_batch
-        self._stopping = False
+        self._stopping = self._clogged = False
         self._error: Exception | None = None
         self._failing: dict[str, type[Exception]] = {}
         self._reported = self._maker_said = ""
@@ -244,7 +244,9 @@ class Consumer:
                 elif self._has_enough():
                     self._has_room.wait(None if decide_at is None else decide_at - now)
                 elif self._is_clogged():
+                    self._clogged = True
                     self._has_room.wait(LOOK_AGAIN_S)
+                    self._clogged = False
                 else:
                     return self._claim_batch
             return None
@@ -559,6 +561,9 @@ class Consumer:
 
     def messages_ended(self, ended: list[Held], end: End) -> None:
         self._end_trial(ended)
+        if self._clogged:
+            with self._lock:
+                self._has_room.notify()
         ids = [held.message.id for held in ended]
         if end is End.SETTLED:
             with self._counts_written():

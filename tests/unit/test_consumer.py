@@ -14,7 +14,7 @@ from typing import Any
 import apsw
 import pytest
 from scripted_maker import Raw, Reply, Request, ScriptedMaker
-from support import free_port, wait_until
+from support import PATIENCE_S, free_port, wait_until
 
 import widget_consumer
 from claim_queues import (
@@ -519,6 +519,23 @@ def test_claims_go_on_while_three_rounds_of_batches_are_being_settled(bench: Ben
 
     with bench.consuming(bench.open(SettlesLate), slots=3, claim_limit=20, post_batch=20):
         wait_until(lambda: bench.queues.stats(REQUESTS).free == 0)
+        settled.set()
+        wait_until(lambda: bench.queues.stats(REQUESTS).total == 0)
+
+
+def test_claims_go_on_as_soon_as_enough_is_settled(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widget_consumer, "LOOK_AGAIN_S", 2 * PATIENCE_S)
+    settled = threading.Event()
+
+    class SettlesLate(SqliteQueues):
+        def settle(self, claim: Claim, settlements: Any) -> Settled:
+            settled.wait(10)
+            return super().settle(claim, settlements)
+
+    bench.post(*[widget_id(number) for number in range(200)])
+
+    with bench.consuming(bench.open(SettlesLate), slots=1, claim_limit=5) as running:
+        wait_until(lambda: running.consumer._clogged)
         settled.set()
         wait_until(lambda: bench.queues.stats(REQUESTS).total == 0)
 
