@@ -285,7 +285,7 @@ class SqliteQueues(Queues):
 
     def _claim(self, queue: str, ttl: int, grace: int, limit: int) -> Claim | None:
         """Claim in one transaction, after what is seen to have lapsed or expired is cleared away."""
-        looked_at, seen = self._full.get(queue, 0), FREE_ONLY
+        looked_at, seen = self._full.get(queue, -LOOK_EVERY_MS), FREE_ONLY
         if not looked_at <= self._now() < looked_at + LOOK_EVERY_MS:
             looked_at, seen = self._look(queue)
         if not any(seen):
