@@ -43,8 +43,8 @@ from claim_queues.signing import Signer
 from receive_counts import Receives
 
 CONNECT_TIMEOUT_S = 5.0
-TCP_ESTABLISHED, TCP_INFO_BYTES = 1, 136
-"""Of Linux's struct tcp_info: its first byte is the state, byte 128 on how many bytes were received (since 4.1)."""
+TCP_ESTABLISHED, RECEIVED = 1, slice(128, 136)
+"""Of Linux's struct tcp_info: the first byte is the state; these tell how many bytes were received (since 4.1)."""
 MOST_ANSWER_BYTES = 65_536
 MOST_REASON = 1_000
 """Characters; a reason goes into responses and dead letters, which queues limit in size."""
@@ -409,18 +409,17 @@ class Connection:
         return answer
 
     def _read_answer(self, sock: socket.socket, most_bytes: int) -> "_Incoming":
-        answer, received = _Incoming(), 0
+        answer, before = _Incoming(), self._received
         while not answer.is_whole:
             data = sock.recv(MOST_ANSWER_BYTES)
-            received += len(data)
             self._received += len(data)
             if data:
                 answer.feed(data)
             elif answer.ends_with_connection:
                 break
             else:
-                raise ConnectionError("the answer ends in the middle" if received else "no answer")
-            if received > most_bytes:  # it is not our maker's
+                raise ConnectionError("the answer ends in the middle" if self._received > before else "no answer")
+            if self._received - before > most_bytes:  # it is not our maker's
                 answer.body, answer.keeps_alive = b"", False
                 break
         if not answer.status:
@@ -442,11 +441,13 @@ class Connection:
 
     def _is_quiet(self) -> bool:
         """Whether the connection is open, and nothing came on it since the last answer, not even its end."""
-        if type(self._transport.sock) is not socket.socket or not hasattr(socket, "TCP_INFO"):  # TLS; not Linux
-            return bool(self._transport.is_connected)
-        # A poll() lets go of the interpreter, for which all slots wait: asked so, one process makes a fifth more.
-        info = self._transport.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
-        return info[0] == TCP_ESTABLISHED and int.from_bytes(info[-8:], sys.byteorder) == self._received
+        if sys.platform == "linux" and type(self._transport.sock) is socket.socket:  # without TLS
+            # A poll() lets go of the interpreter, for which all slots wait: asked so, one process makes a fifth more.
+            with suppress(OSError):
+                info = self._transport.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, RECEIVED.stop)
+                if info[0] == TCP_ESTABLISHED and int.from_bytes(info[RECEIVED], sys.byteorder) == self._received:
+                    return True
+        return bool(self._transport.is_connected)
 
     def _check_deadline(self) -> None:
         if self._aborted:

@@ -243,12 +243,12 @@ class Consumer:
                     self._act_on(self._breaker.undecided())
                 elif self._has_enough():
                     self._has_room.wait(None if decide_at is None else decide_at - now)
-                elif self._is_clogged():
-                    self._clogged = True
-                    self._has_room.wait(LOOK_AGAIN_S)
-                    self._clogged = False
                 else:
-                    return self._claim_batch
+                    self._clogged = True  # before the look, or what is settled in between would wake nobody
+                    if not self._is_clogged():
+                        self._clogged = False
+                        return self._claim_batch
+                    self._has_room.wait(LOOK_AGAIN_S)
             return None
 
     def _has_enough(self) -> bool:

@@ -53,7 +53,7 @@ RECHECK_S = 1.0
 """Longest sleep without a look, for a poster that died between its commit and its touch."""
 RECHECK_BLIND_S = 0.05
 LOOK_EVERY_MS = 100
-"""While every claim is full, what has lapsed or expired may wait for so long."""
+"""While every claim is full, what has lapsed or expired, or whose delay has ended, may wait for so long."""
 PURGE_BATCH = 10_000
 NEVER_MS = 2**62
 
@@ -201,13 +201,14 @@ class SqliteQueues(Queues):
                     lost.append(message.id)
             if stored:
                 self._insert(write.now, stored)
-        return Settled(deleted=frozenset(deleted), lost=frozenset(lost), refused=refused)
+        return Settled(deleted=frozenset(deleted), lost=frozenset(lost).difference(deleted), refused=refused)
 
     def release(self, claim: Claim, messages: Collection[Message] | None = None, *, delay: float = 0) -> None:
         self.limits.check_release(delay=delay)
         with self._writing(synced=False, wakes=True) as write:
             values = self._held(claim, messages, write.now)
-            values |= {"until": write.now + round(delay * 1000) if delay else 0, "grace": claim.grace * 1000}
+            delay_ms = round(delay * 1000)
+            values |= {"until": write.now + delay_ms if delay_ms else 0, "grace": claim.grace * 1000}
             # A delay must not be what ends a message's life.
             self._connection.execute(f"{LIVE_ON} AND held_until > :now", values)
             self._connection.execute(
@@ -335,7 +336,7 @@ class SqliteQueues(Queues):
             newest: Any = self._connection.execute("SELECT max(place) FROM messages").get if write.synced else 0
         if write.synced:
             self._synced_to = newest
-        if len(rows) == limit:
+        if len(rows) == limit and not seen.expired:  # what has expired may be more than one batch
             self._full[queue] = looked_at
         else:
             self._full.pop(queue, None)
@@ -454,9 +455,13 @@ class SqliteQueues(Queues):
         with store_errors(self._path), self._lock:
             if self._failed_sync:  # a system tells of it once; the next sync would succeed whatever was lost
                 raise StoreError(self._failed_sync)
-            with transaction(self._connection):
-                write = _Write(self._now(), synced)
-                yield write
+            try:
+                with transaction(self._connection):
+                    write = _Write(self._now(), synced)
+                    yield write
+            except BaseException:
+                self._numbers.clear()  # a queue that was new is none again, and its number another's
+                raise
             if not wakes and not write.synced:
                 return
             self._in_use += 1

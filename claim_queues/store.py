@@ -23,6 +23,8 @@ BUSY_PAUSE_S = 0.0001
 """SQLite's own pauses grow to 100 ms, many times what a transaction takes."""
 LONG_LOG = 500
 """Pages, 4 KiB each, after which a log is worth its transfer into the file."""
+LOG_PATIENCE_S = 0.005
+"""How long that may wait for others at the file."""
 FIRST_SOUND_SQLITE = 3_051_003
 SYNCHRONOUS_FULL = 2
 SYNC = getattr(os, "fdatasync", os.fsync)
@@ -57,7 +59,7 @@ def open_store(path: Path, *, application_id: int, version: int, schema: str, up
         try:
             # SQLite built with STAT4 would plan most statements anew each time their values change.
             connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
-            connection.set_busy_handler(_lock_waiter())
+            connection.set_busy_handler(_lock_waiter(BUSY_TIMEOUT_S))
             _refuse_foreign(connection, path, application_id, version)
             _make_durable(connection, path)
             _migrate(connection, application_id, version, schema, upgrade)
@@ -70,7 +72,7 @@ def open_store(path: Path, *, application_id: int, version: int, schema: str, up
     return connection
 
 
-def _lock_waiter() -> Callable[[int], bool]:
+def _lock_waiter(patience_s: float) -> Callable[[int], bool]:
     began = 0.0
 
     def wait(attempt: int) -> bool:
@@ -78,7 +80,7 @@ def _lock_waiter() -> Callable[[int], bool]:
         if attempt == 0:
             began = time.monotonic()
         time.sleep(BUSY_PAUSE_S)
-        return time.monotonic() - began < BUSY_TIMEOUT_S
+        return time.monotonic() - began < patience_s
 
     return wait
 
@@ -116,7 +118,7 @@ def transaction(connection: apsw.Connection) -> Iterator[None]:
 
 
 def sync_later(connection: apsw.Connection) -> FileIO:
-    """Let commits return before they are synced; gives the file that sync() takes. The caller closes it.
+    """Let commits return before they are synced; gives the log, which sync() takes. The caller closes it.
 
     Nobody has to wait for the disk with the file locked then, and one sync makes all durable that was committed before
     it, by whatever process. What was not synced may be gone after a power cut, in the order of the commits, as if it
@@ -129,16 +131,18 @@ def sync_later(connection: apsw.Connection) -> FileIO:
 
 
 def _shorten_log(connection: apsw.Connection, database: str, pages: int) -> int:
-    """After a commit: move a long log into the file, with nobody writing meanwhile, so that it starts anew.
+    """After a commit: move a long log into the file, so that it starts anew.
 
-    SQLite itself lets others write on. Where they always do, its log only grows, and to sync one that grows takes twice
-    as long as to sync one that is written again.
+    SQLite itself does the first half, and lets others write on. Where they always do, the log only grows, and to sync
+    one that grows takes twice as long as to sync one that is written again. So what they wrote meanwhile is moved too,
+    while nobody writes.
     """
     if pages >= LONG_LOG:
-        connection.set_busy_handler(None)  # where somebody is at the file, the next commit tries again
-        with suppress(apsw.Error):  # the commit itself is done
-            connection.wal_checkpoint(database, apsw.SQLITE_CHECKPOINT_RESTART)
-        connection.set_busy_handler(_lock_waiter())
+        connection.set_busy_handler(_lock_waiter(LOG_PATIENCE_S))
+        with suppress(apsw.Error):  # the commit itself is done; the next one tries again
+            for mode in (apsw.SQLITE_CHECKPOINT_PASSIVE, apsw.SQLITE_CHECKPOINT_RESTART):
+                connection.wal_checkpoint(database, mode)
+        connection.set_busy_handler(_lock_waiter(BUSY_TIMEOUT_S))
     return apsw.SQLITE_OK
 
 

@@ -297,14 +297,49 @@ class TestQueuesAndIds:
         clock.advance(0.0625)
         assert bodies(queues.claim("requests", **HOLD, limit=1)) == ["lapsed"]
 
-    def test_a_busy_consumer_gets_what_was_released_at_its_old_place(self, queues):
+    @pytest.mark.parametrize("delay", [0, 0.0001])
+    def test_a_busy_consumer_gets_what_was_released_at_its_old_place(self, queues, delay):
         queues.post("requests", ["one", "two", "three"])
         claim = queues.claim("requests", **HOLD, limit=1)
         queues.claim("requests", **HOLD, limit=1)
 
-        queues.release(claim)
+        queues.release(claim, delay=delay)
 
         assert bodies(queues.claim("requests", **HOLD, limit=2)) == ["one", "three"]
+
+    def test_a_busy_consumer_removes_all_that_has_expired(self, path, queues, clock, monkeypatch):
+        monkeypatch.setattr(sqlite, "PURGE_BATCH", 2)
+        queues.post("requests", ["expires"] * 5, ttl=60)
+        queues.post("requests", ["one", "two", "three"])
+        clock.advance(60)
+
+        for body in "one", "two", "three":
+            assert bodies(queues.claim("requests", **HOLD, limit=1)) == [body]
+
+        with direct(path) as connection:
+            assert connection.execute("SELECT count(*) FROM messages").get == 3
+
+    def test_a_queue_whose_first_post_failed_shares_nothing_with_the_next(self, queues):
+        queues.post("requests", ["one"])
+        file = queues._connection
+        file.pragma("max_page_count", file.pragma("page_count"))
+        with pytest.raises(StoreError):
+            queues.post("alpha", ["x" * 100_000] * 2)
+        file.pragma("max_page_count", 2**30)
+        queues.create("beta")
+
+        queues.post("alpha", ["for alpha"])
+
+        assert queues.claim("beta", **HOLD, limit=1) is None
+        assert bodies(queues.claim("alpha", **HOLD, limit=1)) == ["for alpha"]
+
+    def test_a_message_settled_twice_at_once_is_deleted_and_not_lost(self, queues):
+        queues.post("requests", ["one"])
+        claim = queues.claim("requests", **HOLD, limit=1)
+
+        settled = queues.settle(claim, [Settlement(claim.messages[0])] * 2)
+
+        assert (settled.deleted, settled.lost) == ({claim.messages[0].id}, set())
 
     @pytest.mark.parametrize(("passes", "looks"), [(0, 1), (0.125, 3), (-100, 3)])
     def test_a_busy_consumer_does_without_most_looks(self, queues, clock, passes, looks):
