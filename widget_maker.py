@@ -232,7 +232,12 @@ def check_nesting(content: Any) -> None:
 
 
 def parse_batch(content: Any) -> dict[str, Any]:
-    """The requests of a batch by message id; Refused says what is wrong with it."""
+    """The requests of a batch by message id; Refused says what is wrong with it.
+
+    A single request is not refused as itself would be, or a consumer with this address would take it for rejected.
+    """
+    if isinstance(content, dict):
+        raise Refused(421, "no_batch", "this address takes batches: single requests go to /widgets")
     items = content if isinstance(content, list) else []
     found = {item["message_id"]: item["request"] for item in items if _is_item(item)}
     if not items or len(found) < len(items):

@@ -149,7 +149,7 @@ def run(command: click.Command) -> NoReturn:
         click.echo(error.ctx.get_help(), err=True)
         code = error.exit_code
     except click.ClickException as error:
-        code = _report(error.format_message(), error.exit_code)
+        code = _report(" ".join(error.format_message().split()), error.exit_code)
     except QueuesError as error:
         code = _report(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):

@@ -279,7 +279,7 @@ class SqliteQueues(Queues):
     def inspect(self, queue: str) -> list[str]:
         """Read the whole file and compare it with itself; raise StoreError where it is damaged."""
         with self._reading():
-            problem = self._connection.execute("PRAGMA quick_check(1)").get
+            problem = " ".join(self._connection.execute("PRAGMA quick_check(1)").get.split())
         if problem != "ok":
             raise StoreError(f"{self._path}: is damaged ({problem}): restore a copy, or move it away")
         return []

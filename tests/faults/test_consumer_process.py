@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import requests
 from scripted_maker import Raw, Reply, Request, ScriptedMaker
-from support import Script, free_port, run_script, script, wait_until
+from support import Script, free_port, run_script, script, wait_until, widget_maker
 
 import widget_consumer
 from claim_queues.sqlite import SqliteQueues
@@ -268,6 +268,21 @@ def test_a_wrong_maker_url_leaves_the_queue_full_and_asks_nobody_else(bench: Ben
     assert bench.queues.stats(REQUESTS).total == 10
     assert bench.queues.stats(RESPONSES).total == bench.queues.stats(DEAD_LETTERS).total == 0
     assert consumer.err.count("check --maker-url") == 1
+
+
+@pytest.mark.parametrize("batch", [1, 20])
+def test_the_address_for_batches_leaves_the_queue_full_too(bench: Bench, tmp_path: Path, batch: int) -> None:
+    with widget_maker(tmp_path) as (url, _):
+        wrong = ["--maker-url", f"{url}/widgets/batch", "--post-batch", batch]
+        with bench.consumer(*wrong, "--max-receives", "1") as consumer:
+            wait_until(lambda: "single requests go to /widgets" in consumer.err)
+            consumer.signal(signal.SIGTERM)
+            assert consumer.exit_code() == 0
+        checked = run_script("widget_consumer.py", *wrong, "--check", cwd=tmp_path)
+
+    assert bench.queues.stats(REQUESTS).total == 10
+    assert bench.queues.stats(RESPONSES).total == bench.queues.stats(DEAD_LETTERS).total == 0
+    assert (checked.returncode, "single requests go to /widgets" in checked.stdout) == (1, True)
 
 
 # Exit codes, logs, metrics

@@ -365,11 +365,17 @@ def test_a_batch_is_answered_item_by_item(client: FlaskClient) -> None:
     assert widget_ids(client) == [ID, OTHER_ID]
 
 
+def test_a_single_request_among_the_batches_is_not_rejected_for_good(client: FlaskClient) -> None:
+    response = client.post("/widgets/batch", json={"widget_id": ID})
+    assert (response.status_code, error_code(response)) == (421, "no_batch")
+    assert widget_ids(client) == []
+
+
 @pytest.mark.parametrize(
     "batch",
     [
         [],
-        {},
+        "no batch",
         [1],
         [item(7)],
         [{"message_id": "m"}],
