@@ -51,6 +51,7 @@ from claim_queues.command_line import (
     run_until_signal,
 )
 from claim_queues.keeper import End, Held, Keeper
+from claim_queues.one_core import stay_on_one_core
 from claim_queues.preflight import Report, check_queues
 from claim_queues.signing import load_signer, signing_options
 from claim_queues.store import state_path
@@ -697,6 +698,7 @@ def cli(ctx: click.Context, /, **given: Any) -> int:
             log.info("stopping: finishing what is in flight; a second signal ends at once")
             consumer.stop()
 
+        stay_on_one_core()
         with _watched(consumer, maker, given):
             run_until_signal(consumer.run, stop=stop)
         counts.close()

@@ -42,6 +42,7 @@ from claim_queues.command_line import (
     run,
 )
 from claim_queues.errors import ConfigError, QueuesError
+from claim_queues.one_core import stay_on_one_core
 from claim_queues.signing import BadSignature, Signer, load_signer, signing_options
 from claim_queues.store import state_path
 from page import Pages, Total
@@ -535,6 +536,7 @@ def _load(log_options: tuple[str, str], *app_options: Any) -> Flask:
     """Called in the serving process, which its parent stops by SIGTERM; Ctrl-C and SIGHUP are for the parent."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     configure_logging(*log_options)
+    stay_on_one_core()
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     return create_app(*app_options)
 

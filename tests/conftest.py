@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import widget_consumer
+
 
 @pytest.fixture(autouse=True)
 def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,6 +17,12 @@ def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.fixture(autouse=True)
+def tests_on_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A consumer that runs in the tests' own process would keep that, and all that it starts later, on one core."""
+    monkeypatch.setattr(widget_consumer, "stay_on_one_core", lambda: None)
 
 
 @pytest.fixture(autouse=True)
