@@ -68,7 +68,7 @@ def answering(contestants: list[Contestant], count: int) -> Iterator[Run]:
     for one in contestants:
         if one.name in ("ours-embedded", "taskiq"):
             for processes in (1, 2):
-                options = {"count": count, "processes": processes, "pinned": False, "maker": "answering"}
+                options = {"count": 4 * count, "processes": processes, "pinned": False, "maker": "answering"}
                 yield {"contestant": one.name, "processes": processes}, partial(runs.drain, one, **options)
 
 

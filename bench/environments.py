@@ -16,7 +16,14 @@ NODE = VENVS / "bench-node"
 NODE_FILES = ("package.json", "package-lock.json", "sqs.mjs")
 SERVERS = ("zaqar18", "zaqar23")
 """Environments of the tests' own servers, made by make."""
-DEBIAN = {"redis-server": "redis-server", "wrk": "wrk", "node": "nodejs", "npm": "npm", "taskset": "util-linux"}
+DEBIAN = {
+    "gcc": "gcc libc6-dev",
+    "node": "nodejs",
+    "npm": "npm",
+    "redis-server": "redis-server",
+    "taskset": "util-linux",
+    "wrk": "wrk",
+}
 
 
 def require_debian_packages() -> None:

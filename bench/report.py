@@ -17,7 +17,8 @@ INTRODUCTION = """\
 
 Written by `make bench`; the contestants, each with its settings, are in `bench/contestants.toml`. `make bench
 TABLE=pinned ONLY='ours*,taskiq'` measures a part again and prints it alone, as it does whole tables of fewer than 3
-rounds (`ROUNDS=1 COUNT=1000`). It needs Linux with two cores and the Debian packages redis-server, wrk, nodejs and npm.
+rounds (`ROUNDS=1 COUNT=1000`). It needs Linux with two cores and the Debian packages
+gcc, libc6-dev, redis-server, wrk, nodejs and npm.
 
 The work is the same for all: widget requests wait in a queue, each is POSTed as JSON to the same `widget_maker.py`
 (one process, every commit synced), and each widget must be made exactly once, which is checked afterwards in the

@@ -29,7 +29,7 @@ MAKERS = {
     "timed": "exec $PYTHON $PROGRAMS/makers.py timed",
     "waitress": "PYTHONPATH=$PYTHONPATH:$(echo $VENVS/bench-waitress/lib/python*/site-packages)"
     " exec $PYTHON $PROGRAMS/makers.py waitress",
-    "answering": "exec $VENVS/bench-http/bin/python $PROGRAMS/answering.py",
+    "answering": "gcc -O2 -D_GNU_SOURCE -o $BENCH_DIR/answering $PROGRAMS/answering.c && exec $BENCH_DIR/answering",
 }
 """own: the project's maker. timed: it notes when each answer leaves. waitress: the same app on waitress.
 
