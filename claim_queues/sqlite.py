@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,10 +85,22 @@ PLACE = re.compile("([0-9a-f]{8})([0-9a-f]{16})")
 """A message id: of the file, and of the message in it."""
 ALIVE = "(expires IS NULL OR expires > :now)"
 IN_PLACES = "place IN (SELECT value FROM json_each(:places))"
-DELETE_HELD = "DELETE FROM messages WHERE place = ? AND claim = ? AND held_until > ?"
+MOST_ROWS = 20
+"""Rows that one statement inserts, claims or deletes.
+
+Each step of a statement lets go of the interpreter, and waits for its turn again with the file locked for all.
+"""
 HELD_BY_CLAIM = f"{IN_PLACES} AND claim = :claim AND held_until > :now"
 LIVE_ON = f"UPDATE messages SET expires = :until + :grace WHERE {IN_PLACES} AND claim = :claim AND expires < :until"
 COLUMNS = "place, body, posted, expires, receives, checksum"
+
+
+Row = tuple[str, str, int | None]
+"""What is to be posted: the queue, the body as JSON text, and how many seconds it may live."""
+
+
+class _SomeLost(Exception):
+    """Not all of the messages are held by the claim; or they are too many for one statement."""
 
 
 class _Seen(NamedTuple):
@@ -180,28 +192,19 @@ class SqliteQueues(Queues):
             self._connection.execute(LIVE_ON, values)
 
     def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
-        outgoing: list[tuple[Message, list[tuple[str, str, int | None]]]] = []
+        outgoing: list[tuple[Message, list[Row]]] = []
         refused: dict[str, MessageRefused] = {}
         for message, posts, _ in settlements:
             try:
                 outgoing.append((message, [self._outgoing(*post) for post in posts]))
             except MessageRefused as error:
                 refused[message.id] = error
-        deleted: list[str] = []
-        lost: list[str] = []
-        with self._writing(wakes=any(rows for _, rows in outgoing)) as write:
-            # One transaction: posts and deletes become durable together, so their order here is free.
-            stored: list[tuple[str, str, int | None]] = []
-            for message, rows in outgoing:
-                self._connection.execute(DELETE_HELD, (self._place(message), claim.id, write.now))
-                if self._connection.changes():
-                    deleted.append(message.id)
-                    stored += rows
-                else:
-                    lost.append(message.id)
-            if stored:
-                self._insert(write.now, stored)
-        return Settled(deleted=frozenset(deleted), lost=frozenset(lost).difference(deleted), refused=refused)
+        try:
+            deleted = self._settle(claim, outgoing, self._delete_all)
+        except _SomeLost:
+            deleted = self._settle(claim, outgoing, self._delete_each)
+        lost = {message.id for message, _ in outgoing}.difference(deleted)
+        return Settled(deleted=frozenset(deleted), lost=frozenset(lost), refused=refused)
 
     def release(self, claim: Claim, messages: Collection[Message] | None = None, *, delay: float = 0) -> None:
         self.limits.check_release(delay=delay)
@@ -324,11 +327,8 @@ class SqliteQueues(Queues):
                 """,
                 values,
             ).fetchall()
-            # One by one: changing them all in one statement takes SQLite a third longer.
-            self._connection.executemany(
-                "UPDATE messages SET claim = ?, held_until = ?, receives = receives + 1 WHERE place = ?",
-                [(claim_id, until, row[0]) for row in rows],
-            )
+            if rows:
+                self._connection.execute(_claiming(len(rows)), (claim_id, until, *[row[0] for row in rows]))
             if any(row[3] == until + values["grace"] for row in rows):
                 self._connection.execute(LIVE_ON, {**values, "places": json.dumps([row[0] for row in rows])})
             # A message that a power cut undoes would leave its id to another: it is synced before it is worked on.
@@ -343,6 +343,42 @@ class SqliteQueues(Queues):
             if not rows and seen is FREE_ONLY:  # there may be more than what was free at once
                 return self._claim(queue, ttl, grace, limit)
         return Claim(claim_id, queue, self._messages(rows, now), grace) if rows else None
+
+    def _settle(
+        self,
+        claim: Claim,
+        outgoing: Sequence[tuple[Message, list[Row]]],
+        delete: Callable[[Sequence[int], str, int], set[int]],
+    ) -> list[str]:
+        """Post and delete in one transaction, so their order in it is free. Gives the ids of what was deleted."""
+        with self._writing(wakes=any(rows for _, rows in outgoing)) as write:
+            gone = delete([self._place(message) for message, _ in outgoing], claim.id, write.now)
+            deleted: list[str] = []
+            stored: list[Row] = []
+            for message, rows in outgoing:
+                if self._place(message) in gone:
+                    gone.remove(self._place(message))  # settled twice in one call, it is posted for once
+                    deleted.append(message.id)
+                    stored += rows
+            self._insert(write.now, stored)
+        return deleted
+
+    def _delete_all(self, places: Sequence[int], claim_id: str, now: int) -> set[int]:
+        if not places:
+            return set()
+        if len(places) <= MOST_ROWS:
+            self._connection.execute(_deleting(len(places)), (*places, claim_id, now))
+            if self._connection.changes() == len(places):
+                return set(places)
+        raise _SomeLost
+
+    def _delete_each(self, places: Sequence[int], claim_id: str, now: int) -> set[int]:
+        gone = set()
+        for place in places:
+            self._connection.execute(_deleting(1), (place, claim_id, now))
+            if self._connection.changes():
+                gone.add(place)
+        return gone
 
     def _look(self, queue: str) -> tuple[int, _Seen]:
         """The time, and what a claim has to do.
@@ -382,15 +418,13 @@ class SqliteQueues(Queues):
             ).fetchall()
         return Page(self._messages(rows, now), str(rows[-1][0] if rows else after))
 
-    def _insert(self, now: int, posts: Iterable[tuple[str, str, int | None]]) -> None:
-        rows = []
-        for queue, text, ttl in posts:
-            body = text.encode()
-            expires = None if ttl is None else now + ttl * 1000
-            rows.append((self._number(queue), now, expires, body, zlib.crc32(body)))
-        self._connection.executemany(
-            "INSERT INTO messages (queue, posted, expires, body, checksum) VALUES (?, ?, ?, ?, ?)", rows
-        )
+    def _insert(self, now: int, posts: Sequence[Row]) -> None:
+        for batch in (posts[at : at + MOST_ROWS] for at in range(0, len(posts), MOST_ROWS)):
+            values: list[Any] = [now]
+            for queue, text, ttl in batch:
+                body = text.encode()
+                values += self._number(queue), None if ttl is None else now + ttl * 1000, body, zlib.crc32(body)
+            self._connection.execute(_inserting(len(batch)), values)
 
     def _messages(self, rows: Iterable[tuple[Any, ...]], now: int) -> tuple[Message, ...]:
         return tuple(
@@ -406,7 +440,7 @@ class SqliteQueues(Queues):
             ]
         )
 
-    def _outgoing(self, queue: str, body: JSON, ttl: int | None) -> tuple[str, str, int | None]:
+    def _outgoing(self, queue: str, body: JSON, ttl: int | None) -> Row:
         self.limits.check_message_ttl(ttl)
         return queue, self.limits.encode(body), ttl
 
@@ -536,6 +570,26 @@ class SqliteQueues(Queues):
         if watch is not None:
             watch.read(timeout=0)
         return self._stop_reader.fileno() not in ready
+
+
+@cache
+def _inserting(rows: int) -> str:
+    values = ", ".join(["(?1, ?, ?, ?, ?)"] * rows)
+    return f"INSERT INTO messages (posted, queue, expires, body, checksum) VALUES {values}"
+
+
+@cache
+def _claiming(rows: int) -> str:
+    return f"UPDATE messages SET claim = ?, held_until = ?, receives = receives + 1 WHERE {_any_of(rows)}"
+
+
+@cache
+def _deleting(rows: int) -> str:
+    return f"DELETE FROM messages WHERE ({_any_of(rows)}) AND claim = ? AND held_until > ?"
+
+
+def _any_of(rows: int) -> str:
+    return " OR ".join(["place = ?"] * rows)  # IN would make a table of them first
 
 
 def _body(stored: Any, checksum: Any) -> JSON:
