@@ -10,7 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,9 +96,9 @@ class ReceiveCounts:
 
         Where the service does not count, the new counts are durable before this returns.
         """
-        with self._lock, self._transaction() as file:
+        with self._lock, self._transaction(writes=self._is_sweep_due() or not self._counted_by_service) as file:
             now = self._clock()
-            if now - self._swept_at >= SWEEP_EVERY_S:
+            if self._is_sweep_due():
                 self._sweep(file, now)
             if file:
                 self._take_over(file, [message.id for message in messages])
@@ -143,13 +143,19 @@ class ReceiveCounts:
                         self._store(file, adjusted, excuses=excuses)
 
     @contextmanager
-    def _transaction(self) -> Iterator[apsw.Connection | None]:
-        """Alone on the file, so that no other consumer counts between a look and its count; None without a file."""
+    def _transaction(self, *, writes: bool = True) -> Iterator[apsw.Connection | None]:
+        """Alone on the file, so that no other consumer counts between a look and its count; None without a file.
+
+        writes: if not, there is only one look, and no other consumer has to wait for it.
+        """
         if not self._file or not self._path:
             yield None
             return
-        with store_errors(self._path), transaction(self._file):
+        with store_errors(self._path), transaction(self._file) if writes else nullcontext():
             yield self._file
+
+    def _is_sweep_due(self) -> bool:
+        return self._clock() - self._swept_at >= SWEEP_EVERY_S
 
     def _count(self, message: Message, now: float) -> Receives:
         entry = self._counts.setdefault(message.id, Receives(0, 0, now, now, now))

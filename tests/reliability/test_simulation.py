@@ -80,11 +80,8 @@ def test_a_campaign_tells_what_it_ran_and_which_seed_broke_a_promise(monkeypatch
 # Planted bugs
 
 
-def first_violation(seeds: int = 300) -> str:
-    for seed in range(seeds):
-        if violations := simulate(seed).violations:
-            return violations[0]
-    return "none"
+def is_seen(promise: str, seeds: int = 300) -> bool:
+    return any(promise in violation for seed in range(seeds) for violation in simulate(seed).violations)
 
 
 def test_a_delete_before_the_response_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +90,7 @@ def test_a_delete_before_the_response_is_seen(monkeypatch: pytest.MonkeyPatch) -
         return SETTLE(self, claim, settlements)
 
     monkeypatch.setattr(ZaqarDouble, "settle", settle)
-    assert "deleted before its outcome was stored" in first_violation()
+    assert is_seen("deleted before its outcome was stored")
 
 
 SETTLE = ZaqarDouble.settle
@@ -101,14 +98,14 @@ SETTLE = ZaqarDouble.settle
 
 def test_receives_that_an_outage_costs_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ReceiveCounts, "excuse", lambda *args: None)
-    assert "receives of its own fault" in first_violation()
+    assert is_seen("receives of its own fault")
 
 
 def test_work_on_a_lost_claim_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper.Keeper, "holds", lambda *args: True)
-    assert "is not held" in first_violation()
+    assert is_seen("is not held")
 
 
 def test_a_count_that_is_not_stored_before_the_post_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ReceiveCounts, "_store", lambda *args, **options: None)
-    assert "is POSTed as received" in first_violation()
+    assert is_seen("is POSTed as received")
