@@ -4,6 +4,7 @@ A consumer claims through the keeper, works on the messages in any order, and sa
 thread does the rest, so that a slow settlement or renewal never holds up the consumer's work.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -144,8 +145,7 @@ class Keeper:
         held_claim.open = {message.id: Held(message, held_claim) for message in claim.messages}
         found = list(held_claim.open.values())
         with self._changed:
-            self._claims[claim.id] = held_claim
-            self._changed.notify()
+            self._claims[claim.id] = held_claim  # wakes nobody: it wants nothing before half its TTL
         return found
 
     def holds(self, held: Held, seconds: float) -> bool:
@@ -250,7 +250,8 @@ class Keeper:
                 step = min(self._steps(), key=lambda step: (max(step.due, now), step.rank), default=None)
                 if step is not None and step.due <= now:
                     return step
-                self._changed.wait(None if step is None else step.due - now)
+                # A claim taken meanwhile must find it awake in time for its renewal.
+                self._changed.wait(min(self._claim_ttl / 4, math.inf if step is None else step.due - now))
             return None
 
     def _steps(self) -> Iterator[_Step]:
