@@ -24,7 +24,7 @@ from .processes import FAVOUR, spin_ms
 from .runs import Contestant, Record
 from .stage import DIRECTORY
 
-QUEUES = ("ours", "ours-10", "huey-synced", "huey-unsynced", "litequeue", "persist-queue")
+QUEUES = ("ours", "ours-10", "ours-10-ttl", "huey-synced", "huey-unsynced", "litequeue", "persist-queue")
 BACKLOGS = {
     "ours": (1_000, 10_000, 100_000, 1_000_000),
     "huey-synced": (1_000, 10_000, 100_000),

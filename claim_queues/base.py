@@ -272,6 +272,16 @@ class Queues(ABC):
         After QueueUnavailable the same call may be repeated: a post may then be stored twice.
         """
 
+    def settle_and_claim(
+        self, claim: Claim, settlements: Sequence[Settlement], *, ttl: int, grace: int, limit: int
+    ) -> tuple[Settled, Claim | None]:
+        """Settle as settle() does, then claim from the same queue as claim() does, for who does both by turns.
+
+        Where limits.atomic_settle this may be one transaction. An error may mean that only the claim failed.
+        """
+        self.limits.check_claim(ttl=ttl, grace=grace, limit=limit)
+        return self.settle(claim, settlements), self.claim(claim.queue, ttl=ttl, grace=grace, limit=limit)
+
     @abstractmethod
     def release(self, claim: Claim, messages: Collection[Message] | None = None, *, delay: float = 0) -> None:
         """Give messages back (default: all), claimable at once, or after `delay` seconds, at their old place.

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from .base import JSON, Claim, Limits, Message, Page, Queues, Range, Settled, Settlement, Stats, decode
 from .errors import ClaimLost, ConfigError, MessageRefused, PostIncomplete, StoreError, SyncFailed
-from .store import open_store, store_errors, sync, sync_later, transaction
+from .store import Log, open_store, store_errors, transaction
 
 try:
     from inotify_simple import INotify, flags
@@ -50,7 +50,7 @@ LIMITS = Limits(
 )
 
 RECHECK_S = 1.0
-"""Longest sleep without a look, for a poster that died between its commit and its touch."""
+"""Longest sleep without a look, for a poster that died after its commit, before it woke others."""
 RECHECK_BLIND_S = 0.05
 LOOK_EVERY_MS = 100
 """While every claim is full, what has lapsed or expired, or whose delay has ended, may wait for so long."""
@@ -117,10 +117,14 @@ FREE_ONLY = _Seen(free=True, lapsed=False, expired=False)
 
 @dataclass(slots=True)
 class _Write:
-    """A transaction under way. now: when it began, in UTC milliseconds. synced: durable when the block has ended."""
+    """A transaction under way. now: when it began, in UTC milliseconds. synced: durable when the block has ended.
+
+    newest: the last place given, where it is known.
+    """
 
     now: int
     synced: bool
+    newest: int = 0
 
 
 class SqliteQueues(Queues):
@@ -147,7 +151,7 @@ class SqliteQueues(Queues):
         )
         with store_errors(path):
             self._store_id: str = self._connection.execute("SELECT id FROM store").get
-            self._log = sync_later(self._connection)
+            self._log = Log(self._connection, path)
         self._stop_reader, self._stop_writer = socket.socketpair()
 
     def create(self, queue: str) -> None:
@@ -192,19 +196,16 @@ class SqliteQueues(Queues):
             self._connection.execute(LIVE_ON, values)
 
     def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
-        outgoing: list[tuple[Message, list[Row]]] = []
-        refused: dict[str, MessageRefused] = {}
-        for message, posts, _ in settlements:
-            try:
-                outgoing.append((message, [self._outgoing(*post) for post in posts]))
-            except MessageRefused as error:
-                refused[message.id] = error
-        try:
-            deleted = self._settle(claim, outgoing, self._delete_all)
-        except _SomeLost:
-            deleted = self._settle(claim, outgoing, self._delete_each)
-        lost = {message.id for message, _ in outgoing}.difference(deleted)
-        return Settled(deleted=frozenset(deleted), lost=frozenset(lost), refused=refused)
+        return self._settle(claim, settlements, lambda _: None)[0]
+
+    def settle_and_claim(
+        self, claim: Claim, settlements: Sequence[Settlement], *, ttl: int, grace: int, limit: int
+    ) -> tuple[Settled, Claim | None]:
+        self.limits.check_claim(ttl=ttl, grace=grace, limit=limit)
+        settled, following = self._settle(
+            claim, settlements, lambda write: self._take(write, claim.queue, ttl, grace, limit)
+        )
+        return settled, following or self._claim(claim.queue, ttl, grace, limit)
 
     def release(self, claim: Claim, messages: Collection[Message] | None = None, *, delay: float = 0) -> None:
         self.limits.check_release(delay=delay)
@@ -294,19 +295,8 @@ class SqliteQueues(Queues):
             looked_at, seen = self._look(queue)
         if not any(seen):
             return None
-        claim_id = os.urandom(12).hex()
         with self._writing(synced=False) as write:
-            now = write.now
-            until = now + ttl * 1000
-            values: dict[str, Any] = {
-                "queue": self._number(queue),
-                "now": now,
-                "claim": claim_id,
-                "until": until,
-                "grace": grace * 1000,
-                "limit": limit,
-                "batch": PURGE_BATCH,
-            }
+            values = {"queue": self._number(queue), "now": write.now, "batch": PURGE_BATCH}
             if seen.expired:
                 self._connection.execute(
                     "DELETE FROM messages"
@@ -319,65 +309,95 @@ class SqliteQueues(Queues):
                     " WHERE queue = :queue AND held_until BETWEEN 1 AND :now",
                     values,
                 )
-            rows: list[Any] = self._connection.execute(
-                f"""
-                SELECT place, body, posted,
-                    CASE WHEN expires < :until THEN :until + :grace ELSE expires END, receives + 1, checksum
-                FROM messages WHERE queue = :queue AND held_until = 0 AND {ALIVE} ORDER BY place LIMIT :limit
-                """,
-                values,
-            ).fetchall()
-            if rows:
-                self._connection.execute(_claiming(len(rows)), (claim_id, until, *[row[0] for row in rows]))
-            if any(row[3] == until + values["grace"] for row in rows):
-                self._connection.execute(LIVE_ON, {**values, "places": json.dumps([row[0] for row in rows])})
-            # A message that a power cut undoes would leave its id to another: it is synced before it is worked on.
-            write.synced = bool(rows) and rows[-1][0] > self._synced_to
-            newest: Any = self._connection.execute("SELECT max(place) FROM messages").get if write.synced else 0
-        if write.synced:
-            self._synced_to = newest
-        if len(rows) == limit and not seen.expired:  # what has expired may be more than one batch
+            claim = self._take(write, queue, ttl, grace, limit)
+        if claim and len(claim.messages) == limit and not seen.expired:  # what has expired may be more than one batch
             self._full[queue] = looked_at
         else:
             self._full.pop(queue, None)
-            if not rows and seen is FREE_ONLY:  # there may be more than what was free at once
+            if not claim and seen is FREE_ONLY:  # there may be more than what was free at once
                 return self._claim(queue, ttl, grace, limit)
-        return Claim(claim_id, queue, self._messages(rows, now), grace) if rows else None
+        return claim
+
+    def _take(self, write: _Write, queue: str, ttl: int, grace: int, limit: int) -> Claim | None:
+        """Claim what is free at once."""
+        claim_id, until = os.urandom(12).hex(), write.now + ttl * 1000
+        values: dict[str, Any] = {
+            "queue": self._number(queue),
+            "now": write.now,
+            "claim": claim_id,
+            "until": until,
+            "grace": grace * 1000,
+            "limit": limit,
+        }
+        rows: list[Any] = self._connection.execute(
+            f"""
+            SELECT place, body, posted,
+                CASE WHEN expires < :until THEN :until + :grace ELSE expires END, receives + 1, checksum
+            FROM messages WHERE queue = :queue AND held_until = 0 AND {ALIVE} ORDER BY place LIMIT :limit
+            """,
+            values,
+        ).fetchall()
+        if not rows:
+            return None
+        self._connection.execute(_claiming(len(rows)), (claim_id, until, *[row[0] for row in rows]))
+        if any(row[3] == until + values["grace"] for row in rows):
+            self._connection.execute(LIVE_ON, {**values, "places": json.dumps([row[0] for row in rows])})
+        # A message that a power cut undoes would leave its id to another: it is synced before it is worked on.
+        if rows[-1][0] > self._synced_to:
+            write.synced = True
+            write.newest = self._connection.execute("SELECT max(place) FROM messages").get
+        return Claim(claim_id, queue, self._messages(rows, write.now), grace)
 
     def _settle(
+        self, claim: Claim, settlements: Sequence[Settlement], then: Callable[[_Write], Claim | None]
+    ) -> tuple[Settled, Claim | None]:
+        """Settle, and do what is to be done `then`, in one transaction."""
+        ids: dict[int, str] = {}
+        outgoing: dict[int, list[Row]] = {}
+        refused: dict[str, MessageRefused] = {}
+        for message, posts, _ in settlements:
+            try:
+                place = self._place(message)
+                outgoing[place] = [self._outgoing(*post) for post in posts]
+                ids[place] = message.id
+            except MessageRefused as error:
+                refused[message.id] = error
+        try:
+            gone, following = self._settle_rows(claim, outgoing, self._delete_all, then)
+        except _SomeLost:
+            gone, following = self._settle_rows(claim, outgoing, self._delete_each, then)
+        deleted = frozenset([ids[place] for place in gone])
+        lost = frozenset([ids[place] for place in ids.keys() - gone])
+        return Settled(deleted=deleted, lost=lost, refused=refused), following
+
+    def _settle_rows(
         self,
         claim: Claim,
-        outgoing: Sequence[tuple[Message, list[Row]]],
-        delete: Callable[[Sequence[int], str, int], set[int]],
-    ) -> list[str]:
-        """Post and delete in one transaction, so their order in it is free. Gives the ids of what was deleted."""
-        with self._writing(wakes=any(rows for _, rows in outgoing)) as write:
-            gone = delete([self._place(message) for message, _ in outgoing], claim.id, write.now)
-            deleted: list[str] = []
-            stored: list[Row] = []
-            for message, rows in outgoing:
-                if self._place(message) in gone:
-                    gone.remove(self._place(message))  # settled twice in one call, it is posted for once
-                    deleted.append(message.id)
-                    stored += rows
-            self._insert(write.now, stored)
-        return deleted
+        outgoing: dict[int, list[Row]],
+        delete: Callable[[Collection[int], str, int], Collection[int]],
+        then: Callable[[_Write], Claim | None],
+    ) -> tuple[set[int], Claim | None]:
+        """Posts and deletes become durable together, so their order here is free. Gives the places that are gone."""
+        with self._writing(wakes=any(outgoing.values())) as write:
+            gone = delete(outgoing, claim.id, write.now)
+            self._insert(write.now, [row for place in gone for row in outgoing[place]])
+            return set(gone), then(write)
 
-    def _delete_all(self, places: Sequence[int], claim_id: str, now: int) -> set[int]:
-        if not places:
-            return set()
-        if len(places) <= MOST_ROWS:
+    def _delete_all(self, places: Collection[int], claim_id: str, now: int) -> Collection[int]:
+        if places:
+            if len(places) > MOST_ROWS:
+                raise _SomeLost
             self._connection.execute(_deleting(len(places)), (*places, claim_id, now))
-            if self._connection.changes() == len(places):
-                return set(places)
-        raise _SomeLost
+            if self._connection.changes() < len(places):
+                raise _SomeLost
+        return places
 
-    def _delete_each(self, places: Sequence[int], claim_id: str, now: int) -> set[int]:
-        gone = set()
+    def _delete_each(self, places: Collection[int], claim_id: str, now: int) -> Collection[int]:
+        gone = []
         for place in places:
             self._connection.execute(_deleting(1), (place, claim_id, now))
             if self._connection.changes():
-                gone.add(place)
+                gone.append(place)
         return gone
 
     def _look(self, queue: str) -> tuple[int, _Seen]:
@@ -427,10 +447,11 @@ class SqliteQueues(Queues):
             self._connection.execute(_inserting(len(batch)), values)
 
     def _messages(self, rows: Iterable[tuple[Any, ...]], now: int) -> tuple[Message, ...]:
+        store_id = self._store_id
         return tuple(
             [
                 Message(
-                    self._id(place),
+                    f"{store_id}{place:016x}",
                     _body(body, checksum),
                     max(0, now - posted) / 1000,
                     None if expires is None else (expires - posted) // 1000,
@@ -491,6 +512,7 @@ class SqliteQueues(Queues):
                 raise StoreError(self._failed_sync)
             try:
                 with transaction(self._connection):
+                    self._log.lengthen()
                     write = _Write(self._now(), synced)
                     yield write
             except BaseException:
@@ -501,19 +523,24 @@ class SqliteQueues(Queues):
             self._in_use += 1
         try:
             if wakes:
-                self._touch()
+                self._wake_others()
             if write.synced:
-                sync(self._log, self._path)
+                self._log.sync()
+                self._synced_to = max(self._synced_to, write.newest)
         except SyncFailed as error:
             self._failed_sync = str(error)
             raise
         finally:
             self._use(-1)
 
-    def _touch(self) -> None:
-        """Wake waiting processes. A changed time stamp is the one event that comes after a commit, not before."""
+    def _wake_others(self) -> None:
+        """Wake waiting processes: that the log is opened tells of a commit after it, what is written comes before it.
+
+        A changed time stamp would too, and make the next sync a third longer. SQLite locks the log itself never, so
+        closing it drops no lock.
+        """
         with suppress(OSError):
-            os.utime(self._path)
+            os.close(os.open(self._log.name, os.O_RDONLY))
 
     @contextmanager
     def _waiting(self, wait: float) -> Iterator[Callable[[str], bool]]:
@@ -539,7 +566,7 @@ class SqliteQueues(Queues):
         with suppress(OSError), ExitStack() as stack:  # the user's inotify instances or watches are used up
             if INotify is not None:
                 watch = stack.enter_context(INotify(nonblocking=True))
-                watch.add_watch(self._path, flags.ATTRIB)
+                watch.add_watch(self._log.name, flags.OPEN)
                 stack.pop_all()
                 return watch
         return None

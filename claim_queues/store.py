@@ -25,6 +25,10 @@ LONG_LOG = 500
 """Pages, 4 KiB each, after which a log is worth its transfer into the file."""
 LOG_PATIENCE_S = 0.005
 """How long that may wait for others at the file."""
+FRAME_BYTES = 4096 + 24
+"""What a page takes in the log."""
+SHORT_LOG, GROWTH = 16, 64
+"""Pages: a log that has so many, or so few left, grows by so many at once."""
 FIRST_SOUND_SQLITE = 3_051_003
 SYNCHRONOUS_FULL = 2
 SYNC = getattr(os, "fdatasync", os.fsync)
@@ -117,42 +121,65 @@ def transaction(connection: apsw.Connection) -> Iterator[None]:
         raise
 
 
-def sync_later(connection: apsw.Connection) -> FileIO:
-    """Let commits return before they are synced; gives the log, which sync() takes. The caller closes it.
+class Log:
+    """The write-ahead log of a connection whose commits return before they are synced.
 
     Nobody has to wait for the disk with the file locked then, and one sync makes all durable that was committed before
     it, by whatever process. What was not synced may be gone after a power cut, in the order of the commits, as if it
     had never been; a crash of the process alone loses nothing.
     """
-    connection.pragma("synchronous", "NORMAL")  # checkpoints are still synced: the file itself cannot be damaged
-    connection.set_wal_hook(_shorten_log)
-    connection.execute("SELECT count(*) FROM sqlite_schema").get  # noqa: B018 the first look makes the log
-    return FileIO(connection.filename_wal)
 
+    def __init__(self, connection: apsw.Connection, path: Path) -> None:
+        self._path = path
+        self._pages = 0
+        self._size = 0
+        connection.pragma("synchronous", "NORMAL")  # checkpoints are still synced: the file itself cannot be damaged
+        connection.set_wal_hook(self._shorten)
+        connection.execute("SELECT count(*) FROM sqlite_schema").get  # noqa: B018 the first look makes the log
+        self._file = FileIO(connection.filename_wal, "r+")
 
-def _shorten_log(connection: apsw.Connection, database: str, pages: int) -> int:
-    """After a commit: move a long log into the file, so that it starts anew.
+    @property
+    def name(self) -> str:
+        """Its path. SQLite never locks it, so it may be opened and closed; not so the file itself."""
+        return str(self._file.name)
 
-    SQLite itself does the first half, and lets others write on. Where they always do, the log only grows, and to sync
-    one that grows takes twice as long as to sync one that is written again. So what they wrote meanwhile is moved too,
-    while nobody writes.
-    """
-    if pages >= LONG_LOG:
-        connection.set_busy_handler(_lock_waiter(LOG_PATIENCE_S))
-        with suppress(apsw.Error):  # the commit itself is done; the next one tries again
-            for mode in (apsw.SQLITE_CHECKPOINT_PASSIVE, apsw.SQLITE_CHECKPOINT_RESTART):
-                connection.wal_checkpoint(database, mode)
-        connection.set_busy_handler(_lock_waiter(BUSY_TIMEOUT_S))
-    return apsw.SQLITE_OK
+    def close(self) -> None:
+        self._file.close()
 
+    def sync(self) -> None:
+        """Return once all that was committed to the file survives a power cut; raise SyncFailed where it may not."""
+        try:
+            SYNC(self._file.fileno())
+        except OSError as error:
+            what = f"the disk failed ({error.strerror}): what was just written may be lost in a power cut"
+            raise SyncFailed(f"{self._path}: {what}") from error
 
-def sync(log: FileIO, path: Path) -> None:
-    """Return once all that was committed to the file survives a power cut; raise SyncFailed where it may not."""
-    try:
-        SYNC(log.fileno())
-    except OSError as error:
-        reason = f"{path}: the disk failed ({error.strerror}): what was just written may be lost in a power cut"
-        raise SyncFailed(reason) from error
+    def lengthen(self) -> None:
+        """Inside a write transaction: let the log grow by many pages at once: each time its sync takes twice as long.
+
+        Nobody else writes to it now, and SQLite takes zeros for its end.
+        """
+        if self._pages >= SHORT_LOG and (self._pages + SHORT_LOG) * FRAME_BYTES > self._size:
+            with suppress(OSError):  # SQLite will say what is wrong
+                self._size = os.fstat(self._file.fileno()).st_size
+                if (self._pages + SHORT_LOG) * FRAME_BYTES > self._size:
+                    self._size += os.pwrite(self._file.fileno(), bytes(GROWTH * FRAME_BYTES), self._size)
+
+    def _shorten(self, connection: apsw.Connection, database: str, pages: int) -> int:
+        """After a commit: move a long log into the file, so that it starts anew.
+
+        SQLite itself does the first half, and lets others write on. Where they always do, the log only grows, and to
+        sync one that grows takes twice as long as to sync one that is written again. So what they wrote meanwhile is
+        moved too, while nobody writes.
+        """
+        self._pages = pages
+        if pages >= LONG_LOG:
+            connection.set_busy_handler(_lock_waiter(LOG_PATIENCE_S))
+            with suppress(apsw.Error):  # the commit itself is done; the next one tries again
+                for mode in (apsw.SQLITE_CHECKPOINT_PASSIVE, apsw.SQLITE_CHECKPOINT_RESTART):
+                    connection.wal_checkpoint(database, mode)
+            connection.set_busy_handler(_lock_waiter(BUSY_TIMEOUT_S))
+        return apsw.SQLITE_OK
 
 
 def _create_private(path: Path) -> None:

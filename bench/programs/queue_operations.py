@@ -4,6 +4,7 @@ queue_operations.py work QUEUE PROCESSES COUNT DIRECTORY    post COUNT messages,
 queue_operations.py backlog QUEUE WAITING DIRECTORY         claims while WAITING messages wait
 
 Both print a JSON object. Every QUEUE is used through its own public API, one post and one claim a call but for ours-10.
+Messages live for ever, as the peers' do, but for ours-10-ttl.
 """
 
 import json
@@ -17,8 +18,9 @@ CLAIMS = 500
 
 
 class Ours:
-    """Claims of ten; each batch is deleted by one settlement."""
+    """Claims of ten; each batch is deleted by one settlement, which claims the next."""
 
+    ttl = None
     post_batch = 1
     load_batch = 1000
 
@@ -31,17 +33,21 @@ class Ours:
     def post(self, bodies):
         size = self.post_batch
         for at in range(0, len(bodies), size):
-            self.queues.post("q", bodies[at : at + size], ttl=3600)
+            self.queues.post("q", bodies[at : at + size], ttl=self.ttl)
 
     def load(self, count):
         for at in range(0, count, self.load_batch):
-            self.queues.post("q", ["backlog"] * min(self.load_batch, count - at), ttl=3600)
+            self.queues.post("q", ["backlog"] * min(self.load_batch, count - at), ttl=self.ttl)
 
     def claim(self):
         return self.queues.claim("q", ttl=300, grace=60, limit=10)
 
     def delete(self, claim):
         self.queues.settle(claim, [self.settlement(message) for message in claim.messages])
+
+    def delete_and_claim(self, claim):
+        settlements = [self.settlement(message) for message in claim.messages]
+        return self.queues.settle_and_claim(claim, settlements, ttl=300, grace=60, limit=10)[1]
 
     def bodies(self, claim):
         return [message.body for message in claim.messages]
@@ -53,7 +59,21 @@ class Ours10(Ours):
     post_batch = 10
 
 
-class Huey:
+class Ours10Ttl(Ours10):
+    """Each message expires after an hour."""
+
+    ttl = 3600
+
+
+class Peer:
+    """Has no call that does both."""
+
+    def delete_and_claim(self, claim):
+        self.delete(claim)
+        return self.claim()
+
+
+class Huey(Peer):
     """A claim deletes: there is no acknowledgement."""
 
     fsync = False
@@ -84,7 +104,7 @@ class HueySynced(Huey):
     fsync = True
 
 
-class Litequeue:
+class Litequeue(Peer):
     def __init__(self, directory):
         from litequeue import LiteQueue
 
@@ -107,7 +127,7 @@ class Litequeue:
         return [claim.data]
 
 
-class PersistQueue:
+class PersistQueue(Peer):
     def __init__(self, directory):
         from persistqueue import SQLiteAckQueue
         from persistqueue.exceptions import Empty
@@ -138,6 +158,7 @@ class PersistQueue:
 QUEUES = {
     "ours": Ours,
     "ours-10": Ours10,
+    "ours-10-ttl": Ours10Ttl,
     "huey-synced": HueySynced,
     "huey-unsynced": Huey,
     "litequeue": Litequeue,
@@ -151,10 +172,10 @@ def post_share(queue, bodies):
 
 
 def take_all(queue, _):
-    taken = []
-    while claim := queue.claim():
+    taken, claim = [], queue.claim()
+    while claim:
         taken += queue.bodies(claim)
-        queue.delete(claim)
+        claim = queue.delete_and_claim(claim)
     return taken
 
 

@@ -198,3 +198,43 @@ def test_a_post_out_of_range_is_refused_and_nothing_is_settled(service, queues, 
     assert queues.claim(other_queue, **terms, limit=1) is None
     service.advance(terms["ttl"] + 1)
     assert [m.body for m in queues.claim(queue, **terms, limit=2).messages] == [1, 2]
+
+
+def test_the_next_messages_can_be_claimed_with_a_settlement(queues, queue, other_queue, terms):
+    queues.post(queue, [1, 2, 3, 4, 5])
+    claim, claimed = queues.claim(queue, **terms, limit=1), []
+
+    while claim:
+        claimed += [message.body for message in claim.messages]
+        settlements = [Settlement(each, (Post(other_queue, f"made {each.body}"),)) for each in claim.messages]
+        settled, following = queues.settle_and_claim(claim, settlements, **terms, limit=2)
+        assert settled.deleted == {message.id for message in claim.messages}
+        assert following is None or following.id != claim.id
+        claim = following
+
+    assert claimed == [1, 2, 3, 4, 5]
+    assert queues.stats(queue).total == 0
+    assert [m.body for m in queues.claim(other_queue, **terms, limit=5).messages] == [f"made {n}" for n in claimed]
+
+
+def test_what_was_given_back_is_claimed_anew_with_its_late_settlement(queues, queue, limits, terms):
+    skip_unless(limits.fenced_delete, "does not notice that a claim is lost")
+    queues.post(queue, ["given back", "next"])
+    released = queues.claim(queue, **terms, limit=1)
+    queues.release(released)
+
+    settled, following = queues.settle_and_claim(released, [Settlement(released.messages[0])], **terms, limit=2)
+
+    assert settled.lost == {released.messages[0].id}
+    assert [message.body for message in following.messages] == ["given back", "next"]
+
+
+@pytest.mark.parametrize("limit", [0, 1_000])
+def test_a_claim_that_the_service_does_not_grant_settles_nothing(queues, queue, terms, limit):
+    queues.post(queue, ["kept"])
+    claim = queues.claim(queue, **terms, limit=1)
+
+    with pytest.raises(ConfigError):
+        queues.settle_and_claim(claim, [Settlement(claim.messages[0])], **terms, limit=limit)
+
+    assert queues.settle(claim, [Settlement(claim.messages[0])]).deleted

@@ -124,7 +124,10 @@ def _plant(bug: str) -> None:
             claim_queues.keeper.Keeper.holds = lambda *given: True
         case "no-fence":
             claim_queues.sqlite.HELD_BY_CLAIM = claim_queues.sqlite.IN_PLACES
-            claim_queues.sqlite.DELETE_HELD = "DELETE FROM messages WHERE place = ? AND ? > '' AND ? > 0"
+            deleting = claim_queues.sqlite._deleting
+            claim_queues.sqlite._deleting = lambda rows: deleting(rows).replace(
+                "claim = ? AND held_until > ?", "? > '' AND ? > 0"
+            )
         case "never-excuses":
             counts.excuse = lambda *given: None
         case "never-charges":

@@ -31,7 +31,7 @@ def test_the_power_is_cut() -> None:
 
 
 def test_a_queue_without_syncs_is_found_out() -> None:
-    result = storage.cut_power(3 / storage.CUTS, bug="unsynced")
+    result = storage.cut_power(6 / storage.CUTS, bug="unsynced")
     assert int(result.figures["lost"]) > 0
 
 

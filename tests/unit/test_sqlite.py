@@ -844,7 +844,7 @@ class TestWaiting:
     def test_a_post_whose_poster_died_before_it_woke_anybody_is_found_by_a_slow_look(
         self, queues, other, background, monkeypatch
     ):
-        monkeypatch.setattr(other, "_touch", lambda: None)
+        monkeypatch.setattr(other, "_wake_others", lambda: None)
         looking = background.submit(queues.claim, "requests", **HOLD, limit=1, wait=NEVER_S)
         assert is_waiting(looking)
 

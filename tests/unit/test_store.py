@@ -1,5 +1,6 @@
 """Opening a local file: durable, private, and never at the cost of a file that is not ours."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -446,7 +447,7 @@ def test_a_state_directory_that_cannot_be_made_is_refused(tmp_path, monkeypatch)
 @contextmanager
 def long_log(path: Path, pages: int) -> Iterator[apsw.Connection]:
     """A connection that syncs later, after so many pages were written one by one."""
-    with open_store(path) as connection, closing(store.sync_later(connection)):
+    with open_store(path) as connection, closing(store.Log(connection, path)):
         write(connection, pages)
         yield connection
 
@@ -469,7 +470,7 @@ def test_a_long_log_is_begun_anew_though_others_write_all_the_time(path):
     writing = threading.Event()
 
     def write_on() -> None:
-        with open_store(path) as other, closing(store.sync_later(other)):
+        with open_store(path) as other, closing(store.Log(other, path)):
             while not writing.is_set():
                 write(other, 1)
 
@@ -502,3 +503,67 @@ def test_after_a_look_at_a_long_log_a_locked_file_is_waited_for_again(path):
             assert not written.done()
             other.execute("COMMIT")
             written.result(5)
+
+
+def write_with_log(connection: apsw.Connection, log: store.Log, pages: int) -> list[int]:
+    """The sizes of the log after each page."""
+    sizes = []
+    for _ in range(pages):
+        with store.transaction(connection):
+            log.lengthen()
+            write(connection, 1)
+        sizes.append(Path(log.name).stat().st_size)
+    return sizes
+
+
+def test_a_log_grows_by_many_pages_at_once(path):
+    with open_store(path) as connection, closing(store.Log(connection, path)) as log:
+        sizes = write_with_log(connection, log, 300)
+
+    assert len(set(sizes[100:])) <= 200 / store.GROWTH + 2
+    assert max(sizes) < 300 * 2 * store.FRAME_BYTES
+
+
+def test_a_short_log_is_not_lengthened(path):
+    with open_store(path) as connection, closing(store.Log(connection, path)) as log:
+        sizes = write_with_log(connection, log, 3)
+
+    assert max(sizes) < store.SHORT_LOG * store.FRAME_BYTES
+
+
+def test_zeros_ahead_of_the_log_end_it_for_who_opens_the_file_after_a_crash(path, tmp_path):
+    copy = tmp_path / "copy.sqlite3"
+    with open_store(path) as connection, closing(store.Log(connection, path)) as log:
+        write_with_log(connection, log, 100)
+        assert Path(log.name).read_bytes().endswith(bytes(10 * store.FRAME_BYTES))
+        shutil.copy(path, copy)
+        shutil.copy(log.name, f"{copy}-wal")
+
+    with open_store(copy) as connection:
+        assert connection.execute("SELECT count(*) FROM things").get == 100
+        assert connection.pragma("integrity_check") == "ok"
+
+
+def test_two_that_lengthen_one_log_write_over_nothing(path):
+    def write_much() -> None:
+        with open_store(path) as connection, closing(store.Log(connection, path)) as log:
+            write_with_log(connection, log, 400)
+
+    with open_store(path), ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(write_much) for _ in range(2)]:
+            done.result()
+
+    with open_store(path) as connection:
+        assert connection.execute("SELECT count(*) FROM things").get == 800
+        assert connection.pragma("integrity_check") == "ok"
+
+
+def test_a_disk_that_takes_no_more_zeros_is_left_to_the_commit(path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with open_store(path) as connection, closing(store.Log(connection, path)) as log:
+        write_with_log(connection, log, 20)
+        monkeypatch.setattr(store.os, "pwrite", refuse)
+        write_with_log(connection, log, 200)
+        assert connection.execute("SELECT count(*) FROM things").get == 220
