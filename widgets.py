@@ -13,7 +13,7 @@ from typing import Any
 import apsw
 
 from claim_queues.errors import QueueUnavailable
-from claim_queues.store import BUSY_TIMEOUT_S, open_store, store_errors, transaction
+from claim_queues.store import BUSY_TIMEOUT_S, Log, open_store, store_errors, transaction
 
 APPLICATION_ID, SCHEMA_VERSION = 0x57444754, 1
 SCHEMA = "CREATE TABLE widget (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, created_at TEXT NOT NULL) STRICT"
@@ -49,6 +49,8 @@ class Widgets:
             (open_store(path, application_id=APPLICATION_ID, version=SCHEMA_VERSION, schema=SCHEMA), threading.Lock())
             for _ in range(2)
         )
+        with store_errors(path):
+            self._log = Log(self._writer[0], path, commits_sync=True)
 
     def make(self, widget_ids: Sequence[str]) -> list[tuple[dict[str, Any], bool]]:
         """For each id its widget, safe on disk, and whether it was made now.
@@ -77,6 +79,7 @@ class Widgets:
             wishes = [self._wishes.popleft() for _ in range(len(self._wishes))]
             try:
                 with transaction(connection):
+                    self._log.lengthen()
                     found = [[_make(connection, widget_id) for widget_id in each.widget_ids] for each in wishes]
             except BaseException:
                 self._wishes.extend(each for each in wishes if each is not wish)  # each fails by itself
@@ -127,6 +130,7 @@ class Widgets:
             connection.pragma("user_version", SCHEMA_VERSION)
 
     def close(self) -> None:
+        self._log.close()
         for connection, _ in (self._writer, self._reader):
             connection.close()
 

@@ -7,9 +7,9 @@ processes share (https://sqlite.org/wal.html#walresetbug, read 2026-11-23).
 import os
 import stat
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from io import FileIO
 from pathlib import Path
 
 import apsw
@@ -122,34 +122,29 @@ def transaction(connection: apsw.Connection) -> Iterator[None]:
 
 
 class Log:
-    """The write-ahead log of a connection whose commits return before they are synced.
+    """The write-ahead log of a connection. commits_sync: if not, a commit returns before it is synced.
 
     Nobody has to wait for the disk with the file locked then, and one sync makes all durable that was committed before
     it, by whatever process. What was not synced may be gone after a power cut, in the order of the commits, as if it
     had never been; a crash of the process alone loses nothing.
     """
 
-    def __init__(self, connection: apsw.Connection, path: Path) -> None:
+    def __init__(self, connection: apsw.Connection, path: Path, *, commits_sync: bool = False) -> None:
         self._path = path
         self._pages = 0
         self._size = 0
-        connection.pragma("synchronous", "NORMAL")  # checkpoints are still synced: the file itself cannot be damaged
+        if not commits_sync:
+            connection.pragma("synchronous", "NORMAL")  # checkpoints still sync: the file itself cannot be damaged
         connection.set_wal_hook(self._shorten)
         connection.execute("SELECT count(*) FROM sqlite_schema").get  # noqa: B018 the first look makes the log
-        self._file = FileIO(connection.filename_wal, "r+")
-
-    @property
-    def name(self) -> str:
-        """Its path. SQLite never locks it, so it may be opened and closed; not so the file itself."""
-        return str(self._file.name)
-
-    def close(self) -> None:
-        self._file.close()
+        self.name = connection.filename_wal  # SQLite never locks it, so it may be opened and closed; not so the file
+        self._file = os.open(self.name, os.O_RDWR)
+        self.close = weakref.finalize(self, os.close, self._file)
 
     def sync(self) -> None:
         """Return once all that was committed to the file survives a power cut; raise SyncFailed where it may not."""
         try:
-            SYNC(self._file.fileno())
+            SYNC(self._file)
         except OSError as error:
             what = f"the disk failed ({error.strerror}): what was just written may be lost in a power cut"
             raise SyncFailed(f"{self._path}: {what}") from error
@@ -161,9 +156,9 @@ class Log:
         """
         if self._pages >= SHORT_LOG and (self._pages + SHORT_LOG) * FRAME_BYTES > self._size:
             with suppress(OSError):  # SQLite will say what is wrong
-                self._size = os.fstat(self._file.fileno()).st_size
+                self._size = os.fstat(self._file).st_size
                 if (self._pages + SHORT_LOG) * FRAME_BYTES > self._size:
-                    self._size += os.pwrite(self._file.fileno(), bytes(GROWTH * FRAME_BYTES), self._size)
+                    self._size += os.pwrite(self._file, bytes(GROWTH * FRAME_BYTES), self._size)
 
     def _shorten(self, connection: apsw.Connection, database: str, pages: int) -> int:
         """After a commit: move a long log into the file, so that it starts anew.
