@@ -130,9 +130,9 @@ class Widgets:
             connection.pragma("user_version", SCHEMA_VERSION)
 
     def close(self) -> None:
-        self._log.close()
         for connection, _ in (self._writer, self._reader):
             connection.close()
+        self._log.close()
 
     @contextmanager
     def _using(self, connection: apsw.Connection, lock: threading.Lock) -> Iterator[apsw.Connection]:

@@ -39,9 +39,9 @@ TITLES = {
     "answering": (
         "One and two processes, with the maker out of the way",
         (
-            "An endpoint that only answers takes the maker's place; nothing is pinned. In the first and the last tenth"
-            " one of two processes may still start, or have ended. Idle: how many of the machine's cores had nothing to"
-            " do, or waited for the disk."
+            "An endpoint that only answers takes the maker's place; nothing is pinned from outside. In the first and"
+            " the last tenth one of two processes may still start, or have ended. Idle: how many of the machine's cores"
+            " had nothing to do, or waited for the disk."
         ),
     ),
     "latency": (

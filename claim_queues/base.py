@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC
 from typing import Any, NamedTuple, Self
 
-from .errors import ConfigError, MessageRefused
+from .errors import ConfigError, MessageRefused, QueueUnavailable
 
 LONGEST_RETRY_AFTER_S = 3_600.0
 
@@ -277,10 +277,17 @@ class Queues(ABC):
     ) -> tuple[Settled, Claim | None]:
         """Settle as settle() does, then claim from the same queue as claim() does, for who does both by turns.
 
-        Where limits.atomic_settle this may be one transaction. An error may mean that only the claim failed.
+        Where limits.atomic_settle this may be one transaction. A service that settles and does not answer the claim
+        gives None for it, as an empty queue does: the next claim() says more.
         """
         self.limits.check_claim(ttl=ttl, grace=grace, limit=limit)
-        return self.settle(claim, settlements), self.claim(claim.queue, ttl=ttl, grace=grace, limit=limit)
+        return self.settle(claim, settlements), self._claim_if_it_answers(claim.queue, ttl, grace, limit)
+
+    def _claim_if_it_answers(self, queue: str, ttl: int, grace: int, limit: int) -> Claim | None:
+        try:
+            return self.claim(queue, ttl=ttl, grace=grace, limit=limit)
+        except QueueUnavailable:
+            return None
 
     @abstractmethod
     def release(self, claim: Claim, messages: Collection[Message] | None = None, *, delay: float = 0) -> None:

@@ -19,6 +19,8 @@ SAFETY_S = 2.0
 """Services floor a claim's end to whole seconds: a claim is trusted for this much less than its claim TTL."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 """Between attempts while the service refuses a settlement, renewal or release; doubled each time."""
+LONGEST_SLEEP = 4
+"""The keeper looks after so much of a claim TTL at the latest, so a new claim need not wake it."""
 REFUSED_DELAY_S = 600.0
 """A message whose outcome no queue takes comes back after so long; nothing of it is cut off or thrown away."""
 
@@ -145,7 +147,9 @@ class Keeper:
         held_claim.open = {message.id: Held(message, held_claim) for message in claim.messages}
         found = list(held_claim.open.values())
         with self._changed:
-            self._claims[claim.id] = held_claim  # wakes nobody: it wants nothing before half its TTL
+            self._claims[claim.id] = held_claim
+            if self._renew_at(held_claim) - self._clock() < self._claim_ttl / LONGEST_SLEEP:
+                self._changed.notify()  # the answer was late; else the thread looks in time by itself
         return found
 
     def holds(self, held: Held, seconds: float) -> bool:
@@ -250,19 +254,20 @@ class Keeper:
                 step = min(self._steps(), key=lambda step: (max(step.due, now), step.rank), default=None)
                 if step is not None and step.due <= now:
                     return step
-                # A claim taken meanwhile must find it awake in time for its renewal.
-                self._changed.wait(min(self._claim_ttl / 4, math.inf if step is None else step.due - now))
+                self._changed.wait(min(self._claim_ttl / LONGEST_SLEEP, math.inf if step is None else step.due - now))
             return None
 
     def _steps(self) -> Iterator[_Step]:
         for claim in self._claims.values():
             yield _Step(claim.until, 0, claim)
-            renew_at = max(claim.keeping.until, claim.until - self._claim_ttl / 2)
-            yield _Step(renew_at, 1, claim, self._renew, claim.keeping)
+            yield _Step(max(claim.keeping.until, self._renew_at(claim)), 1, claim, self._renew, claim.keeping)
             if (settle_at := self._settle_at(claim)) is not None:
                 yield _Step(max(claim.settling.until, settle_at), 2, claim, self._settle, claim.settling)
             if (release_at := self._release_at(claim)) is not None:
                 yield _Step(max(claim.keeping.until, release_at), 2, claim, self._release, claim.keeping)
+
+    def _renew_at(self, claim: HeldClaim) -> float:
+        return claim.until - self._claim_ttl / 2
 
     def _settle_at(self, claim: HeldClaim) -> float | None:
         """When to settle: at once when nothing of the claim can join, else after a short wait for company."""

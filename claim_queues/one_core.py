@@ -13,8 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 
 LOOK_EVERY_S = 0.25
-IDLE = 0.1
-"""Share of a core below which a process is in nobody's way, nor anybody in its."""
 CROWDED = 0.25
 """Share of its core's time that others take more there than on the best other core before the process moves."""
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
@@ -23,38 +21,38 @@ TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 def stay_on_one_core() -> None:
     """Keep all threads of this process on one core from now on: at first the one that the kernel chose for it.
 
-    Does nothing on other systems than Linux, and where there is one core to choose from. Ends for good once somebody
-    else says which cores the process may use. Call it from the main thread.
+    Does nothing on other systems than Linux, where there is one core to choose from, and where the system does not
+    tell how busy each is. Ends for good once somebody else says which cores the main thread may use. Call it from the
+    main thread.
     """
     if sys.platform == "linux":
-        allowed = os.sched_getaffinity(0)
-        if len(allowed) > 1:
-            with suppress(OSError):  # no /proc to look at
+        with suppress(OSError):  # no /proc to look at, or the call is not allowed
+            allowed = os.sched_getaffinity(0)
+            if len(allowed) > 1 and allowed <= _busy_s().keys():
                 core = _current_core()
-                _move_to(core)
+                _move_to({core})
                 threading.Thread(target=_follow_room, args=(allowed, core), name="core", daemon=True).start()
 
 
 def _follow_room(allowed: set[int], core: int) -> None:
-    busy_s: dict[int, float] = {}
-    at, spent_s = time.monotonic(), time.process_time()
-    while True:
-        time.sleep(LOOK_EVERY_S)
-        if os.sched_getaffinity(os.getpid()) != {core}:
-            return
-        before_at, before_spent_s, before_s = at, spent_s, busy_s
-        at, spent_s = time.monotonic(), time.process_time()
-        own_s, busy_s = spent_s - before_spent_s, {}
-        if own_s < IDLE * (at - before_at):
-            continue
-        busy_s = _busy_s()
-        if before_s:
-            others_s = {each: busy_s[each] - before_s[each] - (own_s if each == core else 0) for each in allowed}
+    try:
+        at, spent_s, busy_s = time.monotonic(), time.process_time(), _busy_s()
+        while True:
+            time.sleep(LOOK_EVERY_S)
+            if os.sched_getaffinity(os.getpid()) != {core}:
+                return
+            before_at, before_spent_s, before_s = at, spent_s, busy_s
+            at, spent_s, busy_s = time.monotonic(), time.process_time(), _busy_s()
+            others_s = {each: busy_s[each] - before_s[each] for each in allowed}
+            others_s[core] -= spent_s - before_spent_s
             best = min(allowed, key=others_s.__getitem__)
             is_crowded = others_s[core] - others_s[best] > CROWDED * (at - before_at)
             if is_crowded and random.choice((True, False)):  # noqa: S311 of two that share a core one is to stay
+                _move_to({best})
                 core = best
-                _move_to(core)
+    except (OSError, KeyError):  # a core is gone, or no longer allowed: the kernel is to choose again
+        with suppress(OSError):
+            _move_to(allowed)
 
 
 def _current_core() -> int:
@@ -69,8 +67,11 @@ def _busy_s() -> dict[int, float]:
     return {core: (sum(ticks[:8]) - ticks[3] - ticks[4]) * TICK_S for core, ticks in cores.items()}
 
 
-def _move_to(core: int) -> None:
-    """Move all threads; what they start stays with them."""
-    for thread in Path("/proc/self/task").iterdir():
-        with suppress(ProcessLookupError):  # it has just ended
-            os.sched_setaffinity(int(thread.name), {core})
+def _move_to(cores: set[int]) -> None:
+    """Move all threads; what they start stays with them, and what is started meanwhile is moved after them."""
+    moved: set[str] = set()
+    while found := {each.name for each in Path("/proc/self/task").iterdir()} - moved:
+        for thread in found:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.sched_setaffinity(int(thread), cores)
+        moved |= found

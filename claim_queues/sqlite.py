@@ -202,10 +202,14 @@ class SqliteQueues(Queues):
         self, claim: Claim, settlements: Sequence[Settlement], *, ttl: int, grace: int, limit: int
     ) -> tuple[Settled, Claim | None]:
         self.limits.check_claim(ttl=ttl, grace=grace, limit=limit)
+        if self._is_look_due(claim.queue):
+            return super().settle_and_claim(claim, settlements, ttl=ttl, grace=grace, limit=limit)
         settled, following = self._settle(
             claim, settlements, lambda write: self._take(write, claim.queue, ttl, grace, limit)
         )
-        return settled, following or self._claim(claim.queue, ttl, grace, limit)
+        if following is None or len(following.messages) < limit:
+            self._full.pop(claim.queue, None)  # there may be more than what was free at once
+        return settled, following or self._claim_if_it_answers(claim.queue, ttl, grace, limit)
 
     def release(self, claim: Claim, messages: Collection[Message] | None = None, *, delay: float = 0) -> None:
         self.limits.check_release(delay=delay)
@@ -290,8 +294,8 @@ class SqliteQueues(Queues):
 
     def _claim(self, queue: str, ttl: int, grace: int, limit: int) -> Claim | None:
         """Claim in one transaction, after what is seen to have lapsed or expired is cleared away."""
-        looked_at, seen = self._full.get(queue, -LOOK_EVERY_MS), FREE_ONLY
-        if not looked_at <= self._now() < looked_at + LOOK_EVERY_MS:
+        looked_at, seen = self._full.get(queue, 0), FREE_ONLY
+        if self._is_look_due(queue):
             looked_at, seen = self._look(queue)
         if not any(seen):
             return None
@@ -317,6 +321,10 @@ class SqliteQueues(Queues):
             if not claim and seen is FREE_ONLY:  # there may be more than what was free at once
                 return self._claim(queue, ttl, grace, limit)
         return claim
+
+    def _is_look_due(self, queue: str) -> bool:
+        looked_at = self._full.get(queue, -LOOK_EVERY_MS)
+        return not looked_at <= self._now() < looked_at + LOOK_EVERY_MS
 
     def _take(self, write: _Write, queue: str, ttl: int, grace: int, limit: int) -> Claim | None:
         """Claim what is free at once."""
@@ -355,19 +363,23 @@ class SqliteQueues(Queues):
         ids: dict[int, str] = {}
         outgoing: dict[int, list[Row]] = {}
         refused: dict[str, MessageRefused] = {}
+        foreign: list[str] = []
         for message, posts, _ in settlements:
-            try:
-                place = self._place(message)
-                outgoing[place] = [self._outgoing(*post) for post in posts]
-                ids[place] = message.id
-            except MessageRefused as error:
-                refused[message.id] = error
+            place = self._place(message)
+            if not message.id.startswith(self._store_id):
+                foreign.append(message.id)
+            elif place not in ids:
+                try:
+                    outgoing[place] = [self._outgoing(*post) for post in posts]
+                    ids[place] = message.id
+                except MessageRefused as error:
+                    refused[message.id] = error
         try:
             gone, following = self._settle_rows(claim, outgoing, self._delete_all, then)
         except _SomeLost:
             gone, following = self._settle_rows(claim, outgoing, self._delete_each, then)
         deleted = frozenset([ids[place] for place in gone])
-        lost = frozenset([ids[place] for place in ids.keys() - gone])
+        lost = frozenset([ids[place] for place in ids.keys() - gone] + foreign)
         return Settled(deleted=deleted, lost=lost, refused=refused), following
 
     def _settle_rows(
@@ -607,16 +619,14 @@ def _inserting(rows: int) -> str:
 
 @cache
 def _claiming(rows: int) -> str:
-    return f"UPDATE messages SET claim = ?, held_until = ?, receives = receives + 1 WHERE {_any_of(rows)}"
+    places = ", ".join("?" * rows)
+    return f"UPDATE messages SET claim = ?, held_until = ?, receives = receives + 1 WHERE place IN ({places})"
 
 
 @cache
 def _deleting(rows: int) -> str:
-    return f"DELETE FROM messages WHERE ({_any_of(rows)}) AND claim = ? AND held_until > ?"
-
-
-def _any_of(rows: int) -> str:
-    return " OR ".join(["place = ?"] * rows)  # IN would make a table of them first
+    places = ", ".join("?" * rows)
+    return f"DELETE FROM messages WHERE place IN ({places}) AND claim = ? AND held_until > ?"
 
 
 def _body(stored: Any, checksum: Any) -> JSON:

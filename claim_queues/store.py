@@ -139,7 +139,12 @@ class Log:
         connection.execute("SELECT count(*) FROM sqlite_schema").get  # noqa: B018 the first look makes the log
         self.name = connection.filename_wal  # SQLite never locks it, so it may be opened and closed; not so the file
         self._file = os.open(self.name, os.O_RDWR)
-        self.close = weakref.finalize(self, os.close, self._file)
+        self._finish = weakref.finalize(self, os.close, self._file)
+        self._finish.atexit = False
+
+    def close(self) -> None:
+        self._finish()
+        self._file = -1  # the number may soon be another file's
 
     def sync(self) -> None:
         """Return once all that was committed to the file survives a power cut; raise SyncFailed where it may not."""

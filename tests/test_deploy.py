@@ -53,6 +53,14 @@ def test_the_unit_may_do_little(unit: Path) -> None:
     assert done.returncode == 0, done.stdout[-300:]
 
 
+@units
+def test_the_unit_lets_it_choose_its_core(unit: Path) -> None:
+    """@resources holds that call, and a call that is not allowed ends the process; /proc/stat says who is busy."""
+    lines = unit.read_text().splitlines()
+    assert lines.index("SystemCallFilter=sched_setaffinity") > lines.index("SystemCallFilter=~@privileged @resources")
+    assert "ProcSubset=pid" not in lines
+
+
 def instructions() -> list[list[str]]:
     text = (DEPLOY / "Containerfile").read_text().replace("\\\n", " ")
     return [shlex.split(line) for line in text.splitlines() if line and not line.startswith("#")]

@@ -105,12 +105,13 @@ static size_t serve(int connection, char *request)
     size_t body_size = length && length < end ? strtoul(length + strlen("\r\ncontent-length:"), NULL, 10) : 0;
     if (strlen(body) < body_size)
         return 0;
+    char *path = strchr(request, ' ');
     char following = body[body_size];
     body[body_size] = 0;
     if (!strncmp(request, "POST ", 5))
         make(connection, body);
     else
-        tell(connection, strchr(request, ' ') + 1);
+        tell(connection, path ? path + 1 : "");
     body[body_size] = following;
     return body + body_size - request;
 }

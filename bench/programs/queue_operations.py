@@ -4,7 +4,8 @@ queue_operations.py work QUEUE PROCESSES COUNT DIRECTORY    post COUNT messages,
 queue_operations.py backlog QUEUE WAITING DIRECTORY         claims while WAITING messages wait
 
 Both print a JSON object. Every QUEUE is used through its own public API, one post and one claim a call but for ours-10.
-Messages live for ever, as the peers' do, but for ours-10-ttl.
+Messages live for ever, as the peers' do, but for ours-10-ttl. Ours delete and claim by turns in one call, which the
+consumer does not: it claims in one thread and settles in another.
 """
 
 import json

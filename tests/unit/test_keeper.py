@@ -246,6 +246,20 @@ def test_a_claim_is_renewed_at_half_its_ttl_and_not_before(either: Bench) -> Non
     assert either.queues.made("renew") == [ids(*held)]
 
 
+def test_a_claim_whose_answer_was_late_is_renewed_all_the_same(either: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = either.queues.claim
+
+    def answer_late(*queue: str, **terms: float) -> Claim | None:
+        found = claim(*queue, **terms)
+        either.clock.now += HALF
+        return found
+
+    monkeypatch.setattr(either.queues, "claim", answer_late)
+    held = either.claim(1)
+    wait_until(lambda: either.queues.made("renew"), seconds=TTL / 8)
+    assert either.queues.made("renew") == [ids(*held)]
+
+
 def test_a_renewed_claim_is_held_for_as_long_as_its_work_takes(either: Bench) -> None:
     either.claim(1)
     for times in range(1, 8):

@@ -30,7 +30,6 @@ print("ready", flush=True)
 spin()
 """
 HALF_BUSY = BUSY.replace("sum(range(10_000))", "sum(range(10_000)); time.sleep(0.001)")
-IDLE = BUSY.replace("sum(range(10_000))", "time.sleep(0.05)")
 HOG = "print('ready', flush=True)\nwhile True: pass"
 
 
@@ -71,12 +70,29 @@ def test_it_makes_room_for_who_cannot_move() -> None:
             assert len(cores(pid)) == 1
 
 
-def test_an_idle_process_stays_where_it_is() -> None:
-    with running(IDLE) as pid:
+def test_a_process_that_gets_nothing_of_its_core_makes_room_too() -> None:
+    with running(BUSY, "nice", "-n", "15") as pid:
         (core,) = cores(pid)
         with running(HOG, "taskset", "-c", str(core)):
-            time.sleep(2)
-            assert cores(pid) == {core}
+            assert wait_until(lambda: core not in cores(pid), 30)
+
+
+@pytest.mark.parametrize("trouble", ["{}", "open('/nowhere')"])
+def test_where_it_cannot_be_told_any_more_who_is_busy_the_kernel_chooses_again(trouble: str) -> None:
+    """A core that went offline, or a system that hides /proc/stat."""
+    looks = f"one_core._busy_s = lambda: looks.append(1) or (first() if len(looks) < 4 else {trouble})"
+    start = "from claim_queues import one_core\nfirst, looks = one_core._busy_s, []\n" + BUSY
+    later = start.replace("stay_on_one_core()\n", f"{looks}\nstay_on_one_core()\n")
+    with running(later) as pid:
+        assert len(cores(pid)) == 1
+        assert wait_until(lambda: cores(pid) == set(ALLOWED), 10)
+
+
+@pytest.mark.parametrize("name", ["_busy_s", "_move_to"])
+def test_where_it_may_not_nothing_happens(name: str) -> None:
+    refusing = f"from claim_queues import one_core\none_core.{name} = lambda *_: open('/nowhere')\n" + BUSY
+    with running(refusing) as pid:
+        assert cores(pid) == set(ALLOWED)
 
 
 def test_two_that_begin_on_the_same_core_end_on_one_each() -> None:

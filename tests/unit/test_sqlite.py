@@ -333,6 +333,33 @@ class TestQueuesAndIds:
         assert queues.claim("beta", **HOLD, limit=1) is None
         assert bodies(queues.claim("alpha", **HOLD, limit=1)) == ["for alpha"]
 
+    def test_a_settlement_of_another_files_message_is_lost_and_posts_nothing(self, queues, tmp_path):
+        with SqliteQueues(tmp_path / "other.sqlite3") as foreign:
+            for each in (queues, foreign):
+                each.post("requests", ["one"])
+            own, others = (each.claim("requests", **HOLD, limit=1) for each in (queues, foreign))
+
+            settled = queues.settle(
+                own, [Settlement(found.messages[0], (Post("responses", "made"),)) for found in (own, others)]
+            )
+
+        assert (settled.deleted, settled.lost) == ({own.messages[0].id}, {others.messages[0].id})
+        assert queues.stats("responses").total == 1
+
+    def test_what_lapsed_is_not_passed_over_by_who_settles_and_claims_by_turns(self, queues, clock):
+        queues.post("requests", ["lapsed"])
+        queues.claim("requests", ttl=60, grace=60, limit=1)
+        queues.post("requests", ["first"])
+        claim = queues.claim("requests", **HOLD, limit=1)
+        found = []
+        for number in range(20):
+            clock.now_s += 5
+            queues.post("requests", [number, number])
+            _, claim = queues.settle_and_claim(claim, [Settlement(claim.messages[0])], **HOLD, limit=1)
+            found += bodies(claim)
+
+        assert "lapsed" in found
+
     def test_a_message_settled_twice_at_once_is_deleted_and_not_lost(self, queues):
         queues.post("requests", ["one"])
         claim = queues.claim("requests", **HOLD, limit=1)
