@@ -61,6 +61,7 @@ TITLES = {
         (
             "Posts, then claims with deletes, through the public API of each. Power cut: whether an acknowledged post"
             " survives one. The peers post and claim one message a call, and know nothing else; huey's claim deletes."
+            " Ours delete a batch and claim the next in one call, which the consumer, with a thread for each, does not."
         ),
     ),
     "backlog": ("Claims with a backlog", "500 claims, each followed by its delete and by as many posts."),
@@ -75,6 +76,7 @@ TITLES = {
 DURABILITY = {
     "ours": "survives (WAL, synced outside the lock)",
     "ours-10": "survives (WAL, synced outside the lock)",
+    "ours-10-ttl": "survives (WAL, synced outside the lock)",
     "huey-synced": "survives (WAL, synchronous=FULL)",
     "huey-unsynced": "may be lost (WAL, synchronous=OFF)",
     "litequeue": "may be lost (WAL, synchronous=NORMAL)",
@@ -83,6 +85,7 @@ DURABILITY = {
 HOW = {
     "ours": "claims of 10, posts one by one",
     "ours-10": "claims of 10, posts of 10",
+    "ours-10-ttl": "the same, each expires after an hour",
     "huey-synced": "SqliteStorage(fsync=True)",
     "huey-unsynced": "SqliteStorage(fsync=False)",
     "litequeue": "LiteQueue",
