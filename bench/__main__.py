@@ -55,7 +55,8 @@ def read_contestants() -> list[Contestant]:
 
 def pinned(contestants: list[Contestant], count: int) -> Iterator[Run]:
     for one in contestants:
-        yield {"contestant": one.name}, partial(runs.drain, one, count=count)
+        if one.load or not one.produce:
+            yield {"contestant": one.name}, partial(runs.drain, one, count=count)
 
 
 def unpinned(contestants: list[Contestant], count: int) -> Iterator[Run]:
