@@ -22,8 +22,7 @@ def stay_on_one_core() -> None:
     """Keep all threads of this process on one core from now on: at first the one that the kernel chose for it.
 
     Does nothing on other systems than Linux, where there is one core to choose from, and where the system does not
-    tell how busy each is. Ends for good once somebody else says which cores the main thread may use. Call it from the
-    main thread.
+    tell how busy each is. Ends for good once somebody else gives the main thread other cores. Call it from there.
     """
     if sys.platform == "linux":
         with suppress(OSError):  # no /proc to look at, or the call is not allowed
