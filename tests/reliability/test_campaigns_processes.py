@@ -32,7 +32,8 @@ def test_the_power_is_cut() -> None:
 
 def test_a_queue_without_syncs_is_found_out() -> None:
     result = storage.cut_power(6 / storage.CUTS, bug="unsynced")
-    assert int(result.figures["lost"]) > 0
+    # Where the consumers were quick, all that is undone has been made: then it is done twice, under ids given twice.
+    assert [broken for broken in result.violations if broken.startswith("C")]
 
 
 def test_a_consumer_endures() -> None:
