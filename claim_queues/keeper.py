@@ -19,8 +19,8 @@ SAFETY_S = 2.0
 """Services floor a claim's end to whole seconds: a claim is trusted for this much less than its claim TTL."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 """Between attempts while the service refuses a settlement, renewal or release; doubled each time."""
-LONGEST_SLEEP = 4
-"""The keeper looks after so much of a claim TTL at the latest, so a new claim need not wake it."""
+LONGEST_SLEEP = 0.25
+"""Share of the claim TTL after which the keeper looks at the latest, so a new claim need not wake it."""
 REFUSED_DELAY_S = 600.0
 """A message whose outcome no queue takes comes back after so long; nothing of it is cut off or thrown away."""
 
@@ -148,7 +148,7 @@ class Keeper:
         found = list(held_claim.open.values())
         with self._changed:
             self._claims[claim.id] = held_claim
-            if self._renew_at(held_claim) - self._clock() < self._claim_ttl / LONGEST_SLEEP:
+            if self._renew_at(held_claim) - self._clock() < self._claim_ttl * LONGEST_SLEEP:
                 self._changed.notify()  # the answer was late; else the thread looks in time by itself
         return found
 
@@ -254,7 +254,7 @@ class Keeper:
                 step = min(self._steps(), key=lambda step: (max(step.due, now), step.rank), default=None)
                 if step is not None and step.due <= now:
                     return step
-                self._changed.wait(min(self._claim_ttl / LONGEST_SLEEP, math.inf if step is None else step.due - now))
+                self._changed.wait(min(self._claim_ttl * LONGEST_SLEEP, math.inf if step is None else step.due - now))
             return None
 
     def _steps(self) -> Iterator[_Step]:

@@ -546,9 +546,9 @@ class SqliteQueues(Queues):
             self._use(-1)
 
     def _wake_others(self) -> None:
-        """Wake waiting processes: that the log is opened tells of a commit after it, what is written comes before it.
+        """Wake waiting processes by opening the log: an event after the commit, where its writes are events before it.
 
-        A changed time stamp would too, and make the next sync a third longer. SQLite locks the log itself never, so
+        A changed time stamp would do too, but makes the next sync a third longer. SQLite never locks the log itself, so
         closing it drops no lock.
         """
         with suppress(OSError):
