@@ -33,6 +33,8 @@ BACKLOGS = {
 }
 """Messages waiting; the peers post one by one."""
 LEAST_ROUNDS = 3
+ANSWERED = ("ours-embedded", "ours-embedded-apart", "taskiq")
+"""Whose rate is taken without the maker too."""
 MAKERS = ("own", "waitress")
 CONNECTIONS = (8, 32)
 
@@ -55,20 +57,20 @@ def read_contestants() -> list[Contestant]:
 
 def pinned(contestants: list[Contestant], count: int) -> Iterator[Run]:
     for one in contestants:
-        if one.load or not one.produce:
+        if one.drain and (one.load or not one.produce):
             yield {"contestant": one.name}, partial(runs.drain, one, count=count)
 
 
 def unpinned(contestants: list[Contestant], count: int) -> Iterator[Run]:
     for one in contestants:
-        if one.drain2:
+        if one.drain and one.drain2:
             yield {"contestant": one.name}, partial(runs.drain, one, count=count, processes=2, pinned=False)
 
 
 def answering(contestants: list[Contestant], count: int) -> Iterator[Run]:
     for one in contestants:
-        if one.name in ("ours-embedded", "taskiq"):
-            for processes in (1, 2):
+        if one.name in ANSWERED:
+            for processes in (1, 2) if one.drain else (2,):
                 options = {"count": 4 * count, "processes": processes, "pinned": False, "maker": "answering"}
                 yield {"contestant": one.name, "processes": processes}, partial(runs.drain, one, **options)
 

@@ -27,7 +27,7 @@ class Contestant:
 
     name: str
     how: str
-    drain: str
+    drain: str = ""
     delivery: str = ""
     load: str | None = None
     drain2: str | None = None
