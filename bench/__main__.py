@@ -20,9 +20,9 @@ from typing import Any
 import click
 
 from . import environments, report, runs
-from .processes import FAVOUR, spin_ms
+from .processes import FAVOUR, spin_ms, sync_ms, wake_us
 from .runs import Contestant, Record
-from .stage import DIRECTORY
+from .stage import CONTESTANT_CORE, DIRECTORY, MAKER_CORE
 
 QUEUES = ("ours", "ours-10", "ours-10-ttl", "huey-synced", "huey-unsynced", "litequeue", "persist-queue")
 BACKLOGS = {
@@ -117,14 +117,18 @@ def measure(table: str, wanted: list[Run], rounds: int, head: Record) -> Record:
     records = []
     for number in range(1, rounds + 1):
         for key, run in wanted if number % 2 else reversed(wanted):
-            spin = spin_ms()
+            machine = {
+                "spin_ms": spin_ms(),
+                "wake_us": wake_us((MAKER_CORE, CONTESTANT_CORE)),
+                "sync_ms": sync_ms(environments.BENCH),
+            }
             try:
                 record = run()
             except Exception as error:
                 log = DIRECTORY / "log"
                 said = log.read_text(errors="replace")[-600:] if log.exists() else ""
                 record = {"error": f"{type(error).__name__}: {error}", "log": said}
-            records.append(key | {"round": number, "spin_ms": spin} | record)
+            records.append(key | {"round": number} | machine | record)
             shown = {name: round(value, 2) if isinstance(value, float) else value for name, value in record.items()}
             click.echo(f"{table} {number} {' '.join(map(str, key.values()))}: {shown}", err=True)
     return {"run": head, "records": records}

@@ -4,8 +4,11 @@ import contextlib
 import os
 import signal
 import socket
+import statistics
 import subprocess
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +96,41 @@ def spin_ms() -> float:
     for number in range(100_000):
         total += number
     return (time.process_time() - start) * 1000
+
+
+def wake_us(cores: Sequence[str], times: int = 1000) -> float:
+    """Microseconds that a byte takes to another core and back, where each side has to be woken for it."""
+    (here, to_here), (there, to_there) = os.pipe(), os.pipe()
+    allowed = os.sched_getaffinity(0)
+    other = os.fork()
+    os.sched_setaffinity(0, {int(cores[other != 0])})
+    if other == 0:
+        for _ in range(times):
+            os.write(to_here, os.read(there, 1))
+        os._exit(0)
+    start = time.perf_counter()
+    for _ in range(times):
+        os.write(to_there, b".")
+        os.read(here, 1)
+    took = time.perf_counter() - start
+    os.waitpid(other, 0)
+    os.sched_setaffinity(0, allowed)
+    for end_of_pipe in (here, to_here, there, to_there):
+        os.close(end_of_pipe)
+    return took / times * 1e6
+
+
+def sync_ms(directory: Path, times: int = 15) -> float:
+    """Median milliseconds to sync a page that is written again, on a disk that had nothing to do for 20 ms."""
+    took = []
+    with tempfile.TemporaryFile(dir=directory) as file:
+        for _ in range(times + 1):  # the first makes the file longer
+            time.sleep(0.02)
+            start = time.perf_counter()
+            os.pwrite(file.fileno(), os.urandom(4096), 0)
+            os.fdatasync(file.fileno())
+            took.append((time.perf_counter() - start) * 1000)
+    return statistics.median(took[1:])
 
 
 def wait_for_port(port: int, process: subprocess.Popen[Any], seconds: float = 40) -> None:

@@ -3,7 +3,7 @@
 import json
 import statistics
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from . import environments
@@ -220,15 +220,29 @@ COLUMNS: dict[str, list[Column]] = {
 }
 
 
+MACHINE = (
+    ("spin_ms", 1, "a loop of 100,000 additions took {} ms of CPU"),
+    ("wake_us", 0, "a byte to the other core and back {} µs"),
+    ("sync_ms", 2, "to sync a page after a rest {} ms"),
+)
+
+
 def _origin(result: Record) -> str:
     """When, on what and how busily it was measured."""
-    run, spins = result["run"], [record["spin_ms"] for record in result["records"]]
+    run, records = result["run"], result["records"]
     favour = f"favoured by nice {run['favour']}; " if run["favour"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     size = f" of COUNT={run['count']}" if "count" in run else ""
     return (
         f"{run['at']}, commit {run['commit']}; {run['machine']}; {run['system']}; {run['rounds']} rounds"
         f"{size};"
-        f" load average {run['load']:.1f} at the start; {favour}a loop of 100,000 additions took"
-        f" {_figure(spins, 1)} ms of CPU before the runs.{f' {versions}.' if versions else ''}"
+        f" load average {run['load']:.1f} at the start; {favour}before the"
+        f" runs {'; '.join(_machine(records))}.{f' {versions}.' if versions else ''}"
     )
+
+
+def _machine(records: list[Record]) -> Iterator[str]:
+    """What the machine took, whatever was measured on it."""
+    for name, digits, text in MACHINE:
+        if found := [record[name] for record in records if name in record]:
+            yield text.format(_figure(found, digits))
