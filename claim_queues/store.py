@@ -21,7 +21,7 @@ APPLICATION = "itchy-octo-chainsaw"
 BUSY_TIMEOUT_S = 5.0
 BUSY_PAUSE_S = 0.0001
 """SQLite's own pauses grow to 100 ms, many times what a transaction takes."""
-LONG_LOG = 500
+LONG_LOG = 2000
 """Pages, 4 KiB each, after which a log is worth its transfer into the file."""
 LOG_PATIENCE_S = 0.005
 """How long that may wait for others at the file."""
