@@ -133,6 +133,12 @@ def sync_ms(directory: Path, times: int = 15) -> float:
     return statistics.median(took[1:])
 
 
+def require_free_port(port: int) -> None:
+    """Raise RuntimeError where something listens there already: a server may share the port, and answer for ours."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        raise RuntimeError(f"something listens on port {port}, perhaps what a stopped benchmark left: end it first")
+
+
 def wait_for_port(port: int, process: subprocess.Popen[Any], seconds: float = 40) -> None:
     give_up_at = time.monotonic() + seconds
     while time.monotonic() < give_up_at:

@@ -17,7 +17,7 @@ from typing import Any
 import apsw
 
 from . import environments
-from .processes import end, spawn, wait_for_port
+from .processes import end, require_free_port, spawn, wait_for_port
 
 MAKER_CORE, CONTESTANT_CORE = "0", "1"
 MAKER_PORT = 5092
@@ -46,6 +46,7 @@ class Maker:
     def __init__(self, kind: str, env: dict[str, str], core: str | None, log: Any) -> None:
         self.kind = kind
         self._directory = Path(env["BENCH_DIR"])
+        require_free_port(MAKER_PORT)
         self.process = spawn(MAKERS[kind], env, core, stdout=log, stderr=log)
         wait_for_port(MAKER_PORT, self.process)
         self._forgotten = 0
