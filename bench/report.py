@@ -26,6 +26,7 @@ maker's own rows and counts. A rate is taken from those rows, from the first wid
 wrk, with 8 connections, is given a second against the same maker on the same cores: *of wrk* is the quotient of the
 two. A figure is the median of the rounds, with the lowest and the highest; rounds run the contestants forwards and
 backwards in turn. CPU is user and system time between a tenth of the queue and its end.
+Compare within a table: not all were measured on one machine, and the line below each says what that took.
 
 ![Rates as shares of wrk's, and claims with a backlog](performance.svg)
 """
