@@ -43,7 +43,7 @@ TITLES = {
             "An endpoint that only answers takes the maker's place; nothing is pinned from outside. In the first and"
             " the last tenth one of two processes may still start, or have ended. Idle: how many of the machine's cores"
             " had nothing to do, or waited for the disk. Apart: what two processes make of this machine that share no"
-            " queue, which is the most that two on one queue can."
+            " queue."
         ),
     ),
     "latency": (
