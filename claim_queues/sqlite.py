@@ -348,7 +348,7 @@ class SqliteQueues(Queues):
         if not rows:
             return None
         self._connection.execute(_claiming(len(rows)), (claim_id, until, *[row[0] for row in rows]))
-        if any(row[3] == until + values["grace"] for row in rows):
+        if until + values["grace"] in [row[3] for row in rows]:
             self._connection.execute(LIVE_ON, {**values, "places": json.dumps([row[0] for row in rows])})
         # A message that a power cut undoes would leave its id to another: it is synced before it is worked on.
         if rows[-1][0] > self._synced_to:
@@ -365,15 +365,15 @@ class SqliteQueues(Queues):
         refused: dict[str, MessageRefused] = {}
         foreign: list[str] = []
         for message, posts, _ in settlements:
-            place = self._place(message)
-            if not message.id.startswith(self._store_id):
-                foreign.append(message.id)
+            id_, place = message.id, self._place(message)
+            if not id_.startswith(self._store_id):
+                foreign.append(id_)
             elif place not in ids:
                 try:
-                    outgoing[place] = [self._outgoing(*post) for post in posts]
-                    ids[place] = message.id
+                    outgoing[place] = [self._outgoing(*post) for post in posts] if posts else []
+                    ids[place] = id_
                 except MessageRefused as error:
-                    refused[message.id] = error
+                    refused[id_] = error
         try:
             gone, following = self._settle_rows(claim, outgoing, self._delete_all, then)
         except _SomeLost:
@@ -465,7 +465,7 @@ class SqliteQueues(Queues):
                 Message(
                     f"{store_id}{place:016x}",
                     _body(body, checksum),
-                    max(0, now - posted) / 1000,
+                    (now - posted) / 1000 if now > posted else 0.0,
                     None if expires is None else (expires - posted) // 1000,
                     receives,
                 )
@@ -631,7 +631,7 @@ def _deleting(rows: int) -> str:
 
 def _body(stored: Any, checksum: Any) -> JSON:
     """The body as it was posted; text, which is no request, where it has changed since: SQLite's pages tell nothing."""
-    if isinstance(stored, bytes) and checksum in (None, zlib.crc32(stored)):
+    if isinstance(stored, bytes) and (checksum == zlib.crc32(stored) or checksum is None):
         return decode(stored.decode("utf-8", "surrogateescape"))
     text = stored.decode("utf-8", "surrogateescape") if isinstance(stored, bytes) else str(stored)
     return f"damaged in the queue file: {text}"

@@ -29,6 +29,7 @@ FRAME_BYTES = 4096 + 24
 """What a page takes in the log."""
 SHORT_LOG, GROWTH = 16, 64
 """Pages: a log that has so many, or so few left, grows by so many at once."""
+ZEROS = bytes(GROWTH * FRAME_BYTES)
 FIRST_SOUND_SQLITE = 3_051_003
 SYNCHRONOUS_FULL = 2
 SYNC = getattr(os, "fdatasync", os.fsync)
@@ -163,7 +164,7 @@ class Log:
             with suppress(OSError):  # SQLite will say what is wrong
                 self._size = os.fstat(self._file).st_size
                 if (self._pages + SHORT_LOG) * FRAME_BYTES > self._size:
-                    self._size += os.pwrite(self._file, bytes(GROWTH * FRAME_BYTES), self._size)
+                    self._size += os.pwrite(self._file, ZEROS, self._size)
 
     def _shorten(self, connection: apsw.Connection, database: str, pages: int) -> int:
         """After a commit: move a long log into the file, so that it starts anew.
