@@ -45,6 +45,8 @@ from receive_counts import Receives
 CONNECT_TIMEOUT_S = 5.0
 TCP_ESTABLISHED, RECEIVED = 1, slice(128, 136)
 """Of Linux's struct tcp_info: the first byte is the state; these tell how many bytes were received (since 4.1)."""
+OUTCOMES = ("created", "rejected", "failed")
+"""What can become of a request; a failed one becomes a dead letter."""
 MOST_ANSWER_BYTES = 65_536
 MOST_REASON = 1_000
 """Characters; a reason goes into responses and dead letters, which queues limit in size."""

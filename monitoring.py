@@ -21,7 +21,7 @@ from claim_queues import ConfigError, Queues, Stats
 from claim_queues.breaker import Failure
 from claim_queues.fresh import Fresh
 from claim_queues.terminal import Rate, clock_time
-from delivery import Durations, Maker
+from delivery import OUTCOMES, Durations, Maker
 
 if TYPE_CHECKING:
     from widget_consumer import Consumer
@@ -31,7 +31,6 @@ PATIENCE_S = 2.0
 LINE_PATIENCE_S = 1.0
 """How long the line on the terminal stands still for a queue service that does not tell how much is queued."""
 LOCAL_HOSTS = ("127.0.0.1", "localhost")
-OUTCOMES = ("created", "rejected", "failed")
 JSON_TYPE, HTML_TYPE = "application/json", "text/html; charset=utf-8"
 STYLE = "body{font:16px/1.5 sans-serif;margin:2rem auto;max-width:40rem}th{text-align:left;padding-right:2rem}"
 HEADERS = {

@@ -56,7 +56,7 @@ from claim_queues.preflight import Report, check_queues
 from claim_queues.signing import load_signer, signing_options
 from claim_queues.store import state_path
 from claim_queues.terminal import is_terminal, live_line
-from delivery import Connection, Delivery, Durations, Maker, MakerMisconfigured
+from delivery import OUTCOMES, Connection, Delivery, Durations, Maker, MakerMisconfigured
 from receive_counts import ReceiveCounts
 
 POST_SPARE_S = 5.0
@@ -135,7 +135,7 @@ class Consumer:
         self._posting = self._idle_slots = 0
         self._asking_since: float | None = None  # the queue service, by the claiming thread
         self._most_in_a_post = settings.post_batch
-        self._stopping = self._clogged = False
+        self._stopping = self._clogged = self._told_of_others = False
         self._error: Exception | None = None
         self._failing: dict[str, type[Exception]] = {}
         self._reported = self._maker_said = ""
@@ -215,6 +215,8 @@ class Consumer:
                 finally:
                     self._asking_since = None
                 if is_over:
+                    outcomes: dict[str, Any] = {outcome: self.totals[outcome] for outcome in OUTCOMES}
+                    log.info("drained", queue=self._settings.request_queue, **outcomes)
                     return
                 pause = 0.0
                 self._service_answers("claim")
@@ -275,7 +277,7 @@ class Consumer:
         if now >= self._next_check_at:
             self._next_check_at = now + CHECK_QUEUES_EVERY_S
             self._require_queues()
-        if not settings.drain or self._keeper.count() or self._queues.stats(settings.request_queue).total:
+        if not settings.drain or self._keeper.count() or self._is_any_left():
             self._empty_since = None
             is_working = self._keeper.count() > self._keeper.backing_off()
             self._patience_s = LOOK_AGAIN_S if settings.drain and is_working else settings.poll_interval
@@ -283,6 +285,16 @@ class Consumer:
         if self._empty_since is None:
             self._empty_since = now
         return now - self._empty_since >= self._queues.limits.stats_settle
+
+    def _is_any_left(self) -> bool:
+        """Whether the request queue holds messages while this consumer holds none; say once what a drain waits for."""
+        stats = self._queues.stats(self._settings.request_queue)
+        if stats.claimed + stats.delayed and not self._told_of_others:
+            self._told_of_others = True
+            log.info(
+                "waiting: others have claims, or messages are delayed", claimed=stats.claimed, delayed=stats.delayed
+            )
+        return stats.total > 0
 
     # Claim
 

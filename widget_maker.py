@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
@@ -598,6 +599,8 @@ def cli(**given: Any) -> None:
     address = find_address(given["host"], given["port"])
     log.info("making widgets", url=f"http://{host}:{given['port']}/", database=database)
     serve(partial(_load, log_options, database, faults, allowed_hosts, signer), address, given["port"])
+    with suppress(QueuesError):
+        Widgets(database).close()  # who closes it last moves its log into it; the serving process just ends
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from . import environments, report, runs
-from .processes import FAVOUR, spin_ms, sync_ms, wake_us
+from .processes import FAVOUR, late_percent, spin_ms, sync_ms, wake_us
 from .runs import Contestant, Record
 from .stage import CONTESTANT_CORE, DIRECTORY, MAKER_CORE
 
@@ -121,6 +121,7 @@ def measure(table: str, wanted: list[Run], rounds: int, head: Record) -> Record:
                 "spin_ms": spin_ms(),
                 "wake_us": wake_us((MAKER_CORE, CONTESTANT_CORE)),
                 "sync_ms": sync_ms(environments.BENCH),
+                "late_percent": late_percent(),
             }
             try:
                 record = run()

@@ -133,6 +133,16 @@ def sync_ms(directory: Path, times: int = 15) -> float:
     return statistics.median(took[1:])
 
 
+def late_percent(naps: int = 1000) -> float:
+    """How many of 100 naps of 1 ms last 3 ms or longer while nothing else runs: what a wake-up risks by itself."""
+    late = 0
+    for _ in range(naps):
+        start = time.perf_counter()
+        time.sleep(0.001)
+        late += time.perf_counter() - start >= 0.003
+    return late / naps * 100
+
+
 def require_free_port(port: int) -> None:
     """Raise RuntimeError where something listens there already: a server may share the port, and answer for ours."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):

@@ -225,6 +225,7 @@ MACHINE = (
     ("spin_ms", 1, "a loop of 100,000 additions took {} ms of CPU"),
     ("wake_us", 0, "a byte to the other core and back {} µs"),
     ("sync_ms", 2, "to sync a page after a rest {} ms"),
+    ("late_percent", 1, "{} % of naps of 1 ms lasted 3 ms or longer"),
 )
 
 

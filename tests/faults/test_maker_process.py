@@ -91,6 +91,16 @@ def test_a_post_in_flight_is_answered_before_it_stops(tmp_path: Path) -> None:
         assert maker.exit_code(WITHIN_S) == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_maker_that_was_stopped_leaves_one_file(tmp_path: Path, number: int) -> None:
+    with widget_maker(tmp_path) as (url, maker):
+        post(url)
+        assert (tmp_path / "widgets.sqlite3-wal").stat().st_size > 0
+        maker.signal(number)
+        assert maker.exit_code(WITHIN_S) == 0
+    assert [path.name for path in tmp_path.glob("widgets.sqlite3*")] == ["widgets.sqlite3"]
+
+
 def test_signals_in_quick_succession_stop_it_as_one_does(tmp_path: Path) -> None:
     with widget_maker(tmp_path) as (_, maker):
         for number in [signal.SIGINT, signal.SIGTERM, signal.SIGHUP] * 5:

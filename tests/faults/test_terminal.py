@@ -151,7 +151,7 @@ def test_a_dumb_terminal_and_a_log_as_json_get_plain_lines(
     post(request(1), "no request")
     with consumer(maker, "--drain", *options, cwd=tmp_path, env=env) as running:
         assert running.process.wait(30) == 0
-    wait_until(lambda: running.shown.count("\n") == 3)
+    wait_until(lambda: running.shown.count("\n") == 4)
     assert "\x1b" not in running.shown
 
 

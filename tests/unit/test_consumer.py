@@ -867,7 +867,10 @@ class Watched(SqliteQueues):
         return super().stats(queue)
 
 
-def test_a_drain_waits_for_what_another_consumer_claims(bench: Bench) -> None:
+def test_a_drain_waits_for_what_another_consumer_claims_and_says_so(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     bench.post(A)
     assert bench.queues.claim(REQUESTS, ttl=300, grace=60, limit=1)
     queues = bench.open(Watched)
@@ -880,6 +883,34 @@ def test_a_drain_waits_for_what_another_consumer_claims(bench: Bench) -> None:
         wait_until(lambda: running.ended)
 
     assert bench.outcomes() == {A: "created"}
+    (waiting,) = [record.fields for record in caplog.records if record.msg.startswith("waiting: ")]
+    assert waiting == {"claimed": 1, "delayed": 0}
+
+
+def test_a_drain_says_what_it_waits_for_where_a_failure_comes_back(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    bench.post(A)
+    bench.maker.answer = lambda request: Reply(500)
+
+    bench.drain(max_receives=3)
+
+    (waiting,) = [record.fields for record in caplog.records if record.msg.startswith("waiting: ")]
+    assert waiting == {"claimed": 0, "delayed": 1}
+
+
+def test_a_drain_ends_with_a_line_that_sums_up(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    bench.post(A, B, "this_is_not_a_valid_widget_id")
+    bench.post_raw(b"no request")
+
+    bench.drain()
+
+    assert (caplog.records[-1].msg, caplog.records[-1].fields) == (
+        "drained",
+        {"queue": REQUESTS, "created": 2, "rejected": 1, "failed": 1},
+    )
 
 
 def test_a_drain_waits_for_an_unavailable_maker(bench: Bench) -> None:
@@ -1168,6 +1199,7 @@ def test_a_queue_service_that_fails_is_asked_again_with_one_line_in_the_log(
         "the queue service fails: trying again",
         "the queue service is back",
         "created",
+        "drained",
     ]
 
 
