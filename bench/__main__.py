@@ -139,7 +139,9 @@ def describe(needs: set[str], rounds: int, count: int) -> Record:
     """What the figures depend on: commit, machine, versions."""
     git = ["git", "-C", str(environments.ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True).stdout
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], check=True, capture_output=True, text=True).stdout
+    own = [":!bench/results", ":!docs/performance.*"]
+    status = [*git, "status", "--porcelain", "-uno", "--", ".", *own]
+    changed = subprocess.run(status, check=True, capture_output=True, text=True).stdout
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
