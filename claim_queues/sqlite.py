@@ -111,6 +111,14 @@ class _Seen(NamedTuple):
     expired: bool
 
 
+class _Taken(NamedTuple):
+    """What a transaction has claimed, and when. Messages are made of the rows once others may have the file."""
+
+    claim_id: str
+    now: int
+    rows: list[Any]
+
+
 FREE_ONLY = _Seen(free=True, lapsed=False, expired=False)
 """What a claim goes by after one that was full: a look would cost more than it saves."""
 
@@ -204,12 +212,14 @@ class SqliteQueues(Queues):
         self.limits.check_claim(ttl=ttl, grace=grace, limit=limit)
         if self._is_look_due(claim.queue):
             return super().settle_and_claim(claim, settlements, ttl=ttl, grace=grace, limit=limit)
-        settled, following = self._settle(
+        settled, taken = self._settle(
             claim, settlements, lambda write: self._take(write, claim.queue, ttl, grace, limit)
         )
-        if following is None or len(following.messages) < limit:
+        if taken is None or len(taken.rows) < limit:
             self._full.pop(claim.queue, None)  # there may be more than what was free at once
-        return settled, following or self._claim_if_it_answers(claim.queue, ttl, grace, limit)
+        if taken is None:
+            return settled, self._claim_if_it_answers(claim.queue, ttl, grace, limit)
+        return settled, self._claim_of(taken, claim.queue, grace)
 
     def release(self, claim: Claim, messages: Collection[Message] | None = None, *, delay: float = 0) -> None:
         self.limits.check_release(delay=delay)
@@ -313,20 +323,20 @@ class SqliteQueues(Queues):
                     " WHERE queue = :queue AND held_until BETWEEN 1 AND :now",
                     values,
                 )
-            claim = self._take(write, queue, ttl, grace, limit)
-        if claim and len(claim.messages) == limit and not seen.expired:  # what has expired may be more than one batch
+            taken = self._take(write, queue, ttl, grace, limit)
+        if taken and len(taken.rows) == limit and not seen.expired:  # what has expired may be more than one batch
             self._full[queue] = looked_at
         else:
             self._full.pop(queue, None)
-            if not claim and seen is FREE_ONLY:  # there may be more than what was free at once
+            if not taken and seen is FREE_ONLY:  # there may be more than what was free at once
                 return self._claim(queue, ttl, grace, limit)
-        return claim
+        return self._claim_of(taken, queue, grace) if taken else None
 
     def _is_look_due(self, queue: str) -> bool:
         looked_at = self._full.get(queue, -LOOK_EVERY_MS)
         return not looked_at <= self._now() < looked_at + LOOK_EVERY_MS
 
-    def _take(self, write: _Write, queue: str, ttl: int, grace: int, limit: int) -> Claim | None:
+    def _take(self, write: _Write, queue: str, ttl: int, grace: int, limit: int) -> _Taken | None:
         """Claim what is free at once."""
         claim_id, until = os.urandom(12).hex(), write.now + ttl * 1000
         values: dict[str, Any] = {
@@ -354,11 +364,14 @@ class SqliteQueues(Queues):
         if rows[-1][0] > self._synced_to:
             write.synced = True
             write.newest = self._connection.execute("SELECT max(place) FROM messages").get
-        return Claim(claim_id, queue, self._messages(rows, write.now), grace)
+        return _Taken(claim_id, write.now, rows)
+
+    def _claim_of(self, taken: _Taken, queue: str, grace: int) -> Claim:
+        return Claim(taken.claim_id, queue, self._messages(taken.rows, taken.now), grace)
 
     def _settle(
-        self, claim: Claim, settlements: Sequence[Settlement], then: Callable[[_Write], Claim | None]
-    ) -> tuple[Settled, Claim | None]:
+        self, claim: Claim, settlements: Sequence[Settlement], then: Callable[[_Write], _Taken | None]
+    ) -> tuple[Settled, _Taken | None]:
         """Settle, and do what is to be done `then`, in one transaction."""
         ids: dict[int, str] = {}
         outgoing: dict[int, list[Row]] = {}
@@ -375,20 +388,20 @@ class SqliteQueues(Queues):
                 except MessageRefused as error:
                     refused[id_] = error
         try:
-            gone, following = self._settle_rows(claim, outgoing, self._delete_all, then)
+            gone, taken = self._settle_rows(claim, outgoing, self._delete_all, then)
         except _SomeLost:
-            gone, following = self._settle_rows(claim, outgoing, self._delete_each, then)
+            gone, taken = self._settle_rows(claim, outgoing, self._delete_each, then)
         deleted = frozenset([ids[place] for place in gone])
         lost = frozenset([ids[place] for place in ids.keys() - gone] + foreign)
-        return Settled(deleted=deleted, lost=lost, refused=refused), following
+        return Settled(deleted=deleted, lost=lost, refused=refused), taken
 
     def _settle_rows(
         self,
         claim: Claim,
         outgoing: dict[int, list[Row]],
         delete: Callable[[Collection[int], str, int], Collection[int]],
-        then: Callable[[_Write], Claim | None],
-    ) -> tuple[set[int], Claim | None]:
+        then: Callable[[_Write], _Taken | None],
+    ) -> tuple[set[int], _Taken | None]:
         """Posts and deletes become durable together, so their order here is free. Gives the places that are gone."""
         with self._writing(wakes=any(outgoing.values())) as write:
             gone = delete(outgoing, claim.id, write.now)
