@@ -135,7 +135,8 @@ class Consumer:
         self._posting = self._idle_slots = 0
         self._asking_since: float | None = None  # the queue service, by the claiming thread
         self._most_in_a_post = settings.post_batch
-        self._stopping = self._clogged = self._told_of_others = False
+        self._stopping = self._clogged = False
+        self._told_to_wait_for = False, False
         self._error: Exception | None = None
         self._failing: dict[str, type[Exception]] = {}
         self._reported = self._maker_said = ""
@@ -287,13 +288,12 @@ class Consumer:
         return now - self._empty_since >= self._queues.limits.stats_settle
 
     def _is_any_left(self) -> bool:
-        """Whether the request queue holds messages while this consumer holds none; say once what a drain waits for."""
+        """Whether the request queue holds messages while this consumer holds none; say what a drain waits for."""
         stats = self._queues.stats(self._settings.request_queue)
-        if stats.claimed + stats.delayed and not self._told_of_others:
-            self._told_of_others = True
-            log.info(
-                "waiting: others have claims, or messages are delayed", claimed=stats.claimed, delayed=stats.delayed
-            )
+        waits_for = stats.claimed > 0, stats.delayed > 0
+        if any(waits_for) and waits_for != self._told_to_wait_for and not self._stopping:
+            self._told_to_wait_for = waits_for
+            log.info("waiting: messages are claimed or delayed", claimed=stats.claimed, delayed=stats.delayed)
         return stats.total > 0
 
     # Claim

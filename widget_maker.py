@@ -599,8 +599,9 @@ def cli(**given: Any) -> None:
     address = find_address(given["host"], given["port"])
     log.info("making widgets", url=f"http://{host}:{given['port']}/", database=database)
     serve(partial(_load, log_options, database, faults, allowed_hosts, signer), address, given["port"])
-    with suppress(QueuesError):
-        Widgets(database).close()  # who closes it last moves its log into it; the serving process just ends
+    if database.exists():  # it may have been moved away
+        with suppress(QueuesError):
+            Widgets(database).close()  # who closes it last moves its log into it; the serving process just ends
 
 
 def main() -> None:

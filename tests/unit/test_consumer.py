@@ -867,6 +867,11 @@ class Watched(SqliteQueues):
         return super().stats(queue)
 
 
+def told(caplog: pytest.LogCaptureFixture) -> list[dict[str, int]]:
+    """What drains said that they wait for."""
+    return [record.fields for record in caplog.records if record.msg.startswith("waiting: ")]
+
+
 def test_a_drain_waits_for_what_another_consumer_claims_and_says_so(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -883,21 +888,25 @@ def test_a_drain_waits_for_what_another_consumer_claims_and_says_so(
         wait_until(lambda: running.ended)
 
     assert bench.outcomes() == {A: "created"}
-    (waiting,) = [record.fields for record in caplog.records if record.msg.startswith("waiting: ")]
-    assert waiting == {"claimed": 1, "delayed": 0}
+    assert told(caplog) == [{"claimed": 1, "delayed": 0}]
 
 
-def test_a_drain_says_what_it_waits_for_where_a_failure_comes_back(
-    bench: Bench, caplog: pytest.LogCaptureFixture
+def test_a_drain_says_again_what_it_waits_for_where_that_changes(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
-    bench.post(A)
+    monkeypatch.setattr(widget_consumer, "BACKOFF_BASE_S", 1.0)
+    monkeypatch.setattr(widget_consumer, "LONGEST_BACKOFF_S", 1.0)
+    bench.post(A, B)
+    assert bench.queues.claim(REQUESTS, ttl=300, grace=60, limit=1)
     bench.maker.answer = lambda request: Reply(500)
 
-    bench.drain(max_receives=3)
+    with bench.consuming(drain=True, max_receives=2) as running:
+        wait_until(lambda: bench.outcomes() == {B: "failed"} and len(told(caplog)) == 2)
+        bench.ahead_s = 301
+        wait_until(lambda: running.ended)
 
-    (waiting,) = [record.fields for record in caplog.records if record.msg.startswith("waiting: ")]
-    assert waiting == {"claimed": 0, "delayed": 1}
+    assert told(caplog) == [{"claimed": 1, "delayed": 1}, {"claimed": 1, "delayed": 0}, {"claimed": 0, "delayed": 1}]
 
 
 def test_a_drain_ends_with_a_line_that_sums_up(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
