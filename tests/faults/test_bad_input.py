@@ -490,7 +490,8 @@ def test_a_good_request_behind_1000_poisonous_ones_is_made_and_none_of_them_is_l
     assert list(maker.widgets) == [WIDGET_ID]
     assert [response["outcome"] for response in responses] == ["failed"] * 1_000 + ["created"] * 2
     lines = ended.stderr.split("\n")[:-1]
-    assert len(lines) == 1 + 1_000 + 2
+    assert len(lines) == 1 + 1_000 + 2 + 1
+    assert lines[-1].endswith("created=2 rejected=0 failed=1000")
     assert all(line.isprintable() and len(line) < 3_000 for line in lines)
 
 
