@@ -502,11 +502,15 @@ def find_address(host: str, port: int) -> str:
     return str(address[0])
 
 
-def serve(load: Callable[[], Flask], address: str, port: int) -> None:
-    """Serve the application that `load` makes until a signal stops it; `load` is called in the serving process."""
+def serve(load: Callable[[], Flask], address: str, port: int, told: Mapping[str, Any]) -> None:
+    """Serve the application that `load` makes until a signal stops it; `load` is called in the serving process.
+
+    told: what its first line in the log says; a signal after that line stops it in good order.
+    """
     # No handlers: Python runs them in the main thread, which does not wake up when the kernel, as it may where
     # signals follow each other closely, gives them to another thread.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    log.info("making widgets", **told)
     server = Granian(
         "widget_maker",
         address=address,
@@ -597,8 +601,8 @@ def cli(**given: Any) -> None:
     database = Path(given["database"]).absolute() if given["database"] else state_path("widgets.sqlite3")
     Widgets(database).close()  # what is wrong with it shows here, before anything is served
     address = find_address(given["host"], given["port"])
-    log.info("making widgets", url=f"http://{host}:{given['port']}/", database=database)
-    serve(partial(_load, log_options, database, faults, allowed_hosts, signer), address, given["port"])
+    told = {"url": f"http://{host}:{given['port']}/", "database": database}
+    serve(partial(_load, log_options, database, faults, allowed_hosts, signer), address, given["port"], told)
     if database.exists():  # it may have been moved away
         with suppress(QueuesError):
             Widgets(database).close()  # who closes it last moves its log into it; the serving process just ends

@@ -187,6 +187,8 @@ def _create_private(path: Path) -> None:
     """Make an empty file that only its owner reads; anything there already but a regular file is refused."""
     try:
         str(path).encode()
+        if _has_log(path) and not path.exists():  # SQLite would throw the log away
+            raise StoreError(f"{path}: is missing beside its log: put it back, or move the log ({path}-wal) away too")
         # Closing a descriptor of a file that SQLite has open drops its locks: only a new file is opened here.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except UnicodeEncodeError as error:
@@ -198,9 +200,8 @@ def _create_private(path: Path) -> None:
 
 
 def _refuse_irregular(path: Path) -> None:
-    log = Path(f"{path.resolve()}-wal")
     try:
-        has_log = log.exists() and log.stat().st_size > 0  # before the look at the file: it may just be being made
+        has_log = _has_log(path)  # before the look at the file: it may just be being made
         found = path.stat()
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}") from error
@@ -210,6 +211,13 @@ def _refuse_irregular(path: Path) -> None:
         raise StoreError(f"{path}: is damaged, all but its log is missing: restore a copy, or move both away")
     if found.st_size == 1:  # SQLite would take it for an empty file
         raise StoreError(f"{path}: is no SQLite file: it was left as it is; name another file")
+
+
+def _has_log(path: Path) -> bool:
+    try:
+        return Path(f"{path.resolve()}-wal").stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 def _refuse_foreign(connection: apsw.Connection, path: Path, application_id: int, version: int) -> None:

@@ -32,7 +32,7 @@ def answer(app, out, environ, start_response):
 
 if __name__ == "__main__":
     if sys.argv[1] == "timed":
-        widget_maker.serve(load, "127.0.0.1", PORT)
+        widget_maker.serve(load, "127.0.0.1", PORT, {})
     else:
         import waitress
 

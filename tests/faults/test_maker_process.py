@@ -82,6 +82,16 @@ def test_a_signal_stops_it_at_once_and_leaves_no_process(tmp_path: Path, number:
         assert len(maker.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_its_first_line_stops_it_in_good_order(tmp_path: Path, number: int) -> None:
+    options = ("--port", free_port(), "--database", tmp_path / "widgets.sqlite3")
+    for _ in range(3):
+        with script("widget_maker.py", *options, cwd=tmp_path) as maker:
+            wait_until(lambda: "making widgets" in maker.err)
+            maker.signal(number)
+            assert maker.exit_code(WITHIN_S) == 0
+
+
 def test_a_post_in_flight_is_answered_before_it_stops(tmp_path: Path) -> None:
     with widget_maker(tmp_path, "--latency", 0.5) as (url, maker), ThreadPoolExecutor() as pool:
         answer = pool.submit(post, url)

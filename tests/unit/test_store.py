@@ -265,6 +265,25 @@ def test_an_empty_file_that_has_a_log_is_refused_and_left_as_it_is(path, tmp_pat
     assert fingerprints(path.parent) == before
 
 
+def test_a_log_whose_file_was_moved_away_is_left_as_it_is_until_the_file_is_back(path, tmp_path):
+    with open_store(path) as live:
+        live.execute("INSERT INTO things VALUES ('in the log')")
+        shutil.copy(path, tmp_path / "moved")
+        shutil.copy(f"{path}-wal", tmp_path / "log")
+    path.unlink()
+    shutil.move(tmp_path / "log", f"{path}-wal")
+    before = fingerprints(path.parent)
+
+    with pytest.raises(StoreError, match="missing beside its log"):
+        open_store(path)
+    assert fingerprints(path.parent) == before
+
+    shutil.move(tmp_path / "moved", path)
+    with open_store(path):
+        pass
+    assert names(path) == ["in the log"]
+
+
 def test_a_last_page_that_the_log_holds_whole_may_be_cut(path, tmp_path):
     with open_store(tmp_path / "live") as live:
         live.execute("INSERT INTO things VALUES ('kept')")
