@@ -1,91 +1,54 @@
-"""Claim-based queues: one contract for an embedded SQLite file and the cloud services.
+"""Claim-based queues: one contract for an embedded SQLite file and for cloud services.
 
-`open_queues` is the only place that lists the services; everything else asks the contract (`Queues`) and its
-`Limits`.
+`open_queues` is the only place that lists the services; everything else asks the contract (`Queues`) and its `Limits`.
 """
 
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from importlib import import_module
 
-from .base import JSON, Claim, Limits, Message, Page, Post, Queues, Range, Settled, Settlement, Stats
-from .errors import (
-    ClaimLost,
-    ConfigError,
-    CredentialsError,
-    MessageRefused,
-    PostIncomplete,
-    QueueError,
-    QueueForbidden,
-    QueueNotFound,
-    QueuesError,
-    QueueUnavailable,
-    StoreError,
-)
+from .base import JSON as JSON
+from .base import Claim as Claim
+from .base import Limits as Limits
+from .base import Message as Message
+from .base import Post as Post
+from .base import Queues as Queues
+from .base import Settled as Settled
+from .base import Settlement as Settlement
+from .base import Stats as Stats
+from .errors import ClaimLost as ClaimLost
+from .errors import ConfigError as ConfigError
+from .errors import CredentialsError as CredentialsError
+from .errors import MessageRefused as MessageRefused
+from .errors import PostIncomplete as PostIncomplete
+from .errors import QueueError as QueueError
+from .errors import QueueForbidden as QueueForbidden
+from .errors import QueueNotFound as QueueNotFound
+from .errors import QueuesError as QueuesError
+from .errors import QueueUnavailable as QueueUnavailable
+from .errors import StoreError as StoreError
 
-__all__ = [
-    "JSON",
-    "Claim",
-    "ClaimLost",
-    "ConfigError",
-    "CredentialsError",
-    "Limits",
-    "Message",
-    "MessageRefused",
-    "Page",
-    "Post",
-    "PostIncomplete",
-    "QueueError",
-    "QueueForbidden",
-    "QueueNotFound",
-    "QueueUnavailable",
-    "Queues",
-    "QueuesError",
-    "Range",
-    "Settled",
-    "Settlement",
-    "Stats",
-    "StoreError",
-    "open_queues",
-]
+SERVICES = {
+    "sqlite": ("sqlite", "SqliteQueues", "apsw"),
+    "rackspace": ("cloud_queues", "CloudQueues", "pyrax and keyring"),
+    "zaqar": ("zaqar", "ZaqarQueues", "openstacksdk"),
+    "sqs": ("sqs", "SqsQueues", "boto3"),
+}
+"""By URL scheme: the module, its class, and the packages that it needs."""
+FORMS = "sqlite:///PATH, rackspace://USER@REGION, zaqar://CLOUD or sqs://REGION"
 
 
-def open_queues(url: str | None = None) -> Queues:
-    """Open the queue service that the URL names; None is this user's own file of the embedded queue.
+def open_queues(url: str) -> Queues:
+    """Open the queue service that the URL names; each service's module says what its URLs look like.
 
-    `sqlite:///PATH` (relative to the working directory; four slashes for an absolute path),
-    `rackspace://[USER@]REGION`, `zaqar://CLOUD` or `sqs://REGION`; each service's module says more.
-    Raises ConfigError for a URL that names no service, StoreError for a file that cannot be used, CredentialsError
-    where the service needs some and finds none.
+    `sqlite:///PATH` is relative to the working directory; `sqlite:////PATH` is absolute.
+    Raises ConfigError for a URL that names no service or a package that is missing, StoreError for a file that cannot
+    be used, CredentialsError where the service needs credentials and finds none.
     """
-    scheme, _, rest = ("sqlite:" if url is None else url).partition(":")
-    if url is None or scheme == "sqlite":
-        from .sqlite import SqliteQueues
-        from .store import state_path
-
-        return SqliteQueues(state_path("queues.sqlite3") if url is None else _sqlite_path(rest))
-    if scheme == "rackspace":
-        from .cloud_queues import CloudQueues
-
-        return CloudQueues.from_url(url)
-    if scheme == "zaqar":
-        try:
-            from .zaqar import ZaqarQueues
-        except ImportError as error:
-            raise ConfigError(f"zaqar:// needs openstacksdk ({error}): see Credentials in docs/operating.md") from error
-
-        return ZaqarQueues.from_url(url)
-    if scheme == "sqs":
-        from .sqs import SqsQueues
-
-        return SqsQueues.from_url(url)
-    raise ConfigError(
-        "that is no queue URL: write sqlite:///PATH, rackspace://USER@REGION, zaqar://CLOUD or sqs://REGION"
-    )
-
-
-def _sqlite_path(rest: str) -> Path:
-    parts = urlsplit(rest)
-    path = unquote(parts.path).removeprefix("/")
-    if not rest.startswith("///") or not path or parts.query or parts.fragment or "\0" in path:
-        raise ConfigError(f"sqlite:{rest}: write sqlite:///PATH, or sqlite:////PATH for an absolute path")
-    return Path(path).absolute()
+    scheme = url.partition(":")[0]
+    if scheme not in SERVICES:
+        raise ConfigError(f"this is not a queue URL: write {FORMS}")
+    module, name, packages = SERVICES[scheme]
+    try:
+        service: type[Queues] = getattr(import_module(f".{module}", __name__), name)
+    except ImportError as error:
+        raise ConfigError(f"{scheme}:// needs {packages} ({error}): pip install '.[{scheme}]'") from error
+    return service.from_url(url)

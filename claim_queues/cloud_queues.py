@@ -1,59 +1,119 @@
-"""Rackspace Cloud Queues, API v1, through pyrax; and any OpenStack Zaqar that still speaks API v1."""
+"""Rackspace Cloud Queues, API v1, through pyrax; and any OpenStack Zaqar that still speaks API v1.
 
-import re
-from collections.abc import Callable
-from typing import Any, ClassVar, Self, TypeVar
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+What pyrax does badly is replaced in two subclasses: no timeouts, a new connection for each request, a sign-in that one
+bad answer breaks until the process ends, settings that turn TLS verification off by a slip, a claim of two requests.
+"""
+
+import collections.abc
+import configparser
+import threading
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import quote, unquote
 
 import requests
-from requests import exceptions as http
-from urllib3.exceptions import HTTPError
 
 from . import keyrings
-from .base import Message
-from .errors import ConfigError, CredentialsError, QueueError, QueueUnavailable
-from .pyrax_client import AUTH_ENDPOINT, Client, Identity, QueueClient, configured_user, sdk
-from .zaqar_api import MESSAGE_TTL, REFUSALS, Answer, ErrorMap, Refusals, ZaqarApi, limits_of, translated
+from .base import Limits
+from .errors import ConfigError, CredentialsError, QueueNotFound, QueueUnavailable
+from .remote import is_here, split_url, with_options
+from .zaqar_api import REQUEST_BYTES, Answer, HttpSession, ZaqarApi, retry_after_s, said_by
 
-LIMITS = limits_of(
-    "Rackspace Cloud Queues",
-    post_batch=10,  # docs.rackspace.com, Messages operations; Zaqar itself takes more
-    around_a_body='[{"ttl":1209600,"body":}]',
-)
+for _name in collections.abc.__all__:  # where oslo.config, as plain pip installs it for pyrax, looks for them
+    setattr(collections, _name, getattr(collections.abc, _name))
+vars(configparser).setdefault("SafeConfigParser", configparser.ConfigParser)  # gone from Python 3.12
+try:
+    with warnings.catch_warnings():  # pyrax's dependencies warn when they are imported
+        warnings.simplefilter("ignore")
+        configparser.ConfigParser().read(Path.home() / ".pyrax.cfg")
+        import pyrax
+        from pyrax.identity.rax_identity import AUTH_ENDPOINT, RaxIdentity
+        from pyrax.queueing import QueueClient
+except (configparser.Error, UnicodeError) as _error:
+    # The parser's own words show lines of the file, and people write keys into it.
+    raise ConfigError(f"~/.pyrax.cfg cannot be read ({type(_error).__name__}): correct it or remove it") from None
 
-T = TypeVar("T")
+USAGE = "write rackspace://USER@REGION, or with ?identity=URL for another service; keyring keeps the API key"
 
-ERRORS: ErrorMap = (
-    (
-        (sdk.AuthenticationFailed, sdk.AuthorizationFailure, sdk.NotAuthenticated),
-        CredentialsError,
-        "; ask the account's owner for Cloud Queues",
-    ),
-    ((sdk.InternalServerError,), QueueUnavailable, ""),
-    ((sdk.PyraxException,), ConfigError, ""),
-    (
-        (http.InvalidURL, http.MissingSchema, http.InvalidSchema, http.InvalidProxyURL, http.InvalidHeader),
-        ConfigError,
-        "; see identity= of the queue URL, and the environment's proxies",
-    ),
-    ((http.RequestException, HTTPError, ConnectionError, TimeoutError), QueueUnavailable, ""),
-    ((OSError,), ConfigError, "; see REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE"),
-)
-"""What becomes of each error of pyrax that has no HTTP status, and of requests under it; most specific first."""
+
+class Identity(RaxIdentity):  # type: ignore[misc]
+    """A sign-in with an API key. signed_in: the token, once all of the answer that brought it is known."""
+
+    def __init__(self, user: str, key: str, endpoint: str | None, http: HttpSession) -> None:
+        super().__init__(username=user, api_key=key, auth_endpoint=endpoint)
+        is_here(self.auth_endpoint)
+        self._http = http
+        self._signing_in = threading.Lock()
+        self.signed_in: str | None = None
+
+    def sign_in(self, refused: str | None) -> str:
+        """A token other than the refused one; threads whose token was refused share one sign-in."""
+        with self._signing_in:
+            if self.signed_in in (None, refused):
+                try:
+                    self.authenticate()
+                except (AttributeError, KeyError, TypeError, ValueError) as error:
+                    raise QueueUnavailable(f"{self.auth_endpoint}: that is no answer of a sign-in") from error
+                self.signed_in = str(self.token)
+            return str(self.signed_in)
+
+    def method_post(self, uri: str, *_: Any, data: Any = None, **__: Any) -> tuple[Answer, Any]:
+        # A refusal is raised here: after one that it sees, RaxIdentity signs in with passwords until the process ends.
+        url = f"{self.auth_endpoint.rstrip('/')}/{uri}"
+        answer = self._http.post(url, json=data, allow_redirects=False)
+        if (status := answer.status_code) < requests.codes.multiple_choices:
+            return answer, answer.json()
+        said = f"sign-in of {self.username} at {url}: {said_by(answer)}"
+        if status in (408, 413, 429) or status >= requests.codes.server_error:
+            raise QueueUnavailable(said, retry_after=retry_after_s(answer))
+        raise CredentialsError(f"{said}; store the API key, not the password: keyring set pyrax {self.username}")
+
+    def queues_url(self, region: str) -> str:
+        """Where the service catalog says that the region's Cloud Queues are."""
+        endpoints = getattr(self.services.get("queues"), "endpoints", {})
+        urls = {name.upper(): str(each.public_url).rstrip("/") for name, each in endpoints.items() if each.public_url}
+        if region not in urls:
+            found = ", ".join(sorted(urls)) or "none"
+            raise ConfigError(f"{self.username} has no Cloud Queues in region {region}; regions that have: {found}")
+        return urls[region]
+
+
+class Client(QueueClient):  # type: ignore[misc]
+    """pyrax's client of one region. What refuses is returned too, not raised."""
+
+    management_url: str | None
+
+    def __init__(self, identity: Identity, region: str, http: HttpSession) -> None:
+        super().__init__(identity, region_name=region)
+        self.client_id = str(uuid.uuid4())
+        self._http = http
+
+    def _api_request(self, uri: str, method: str, **options: Any) -> tuple[Answer, Any]:
+        token, again = self.identity.sign_in(None), True
+        while True:
+            headers = {"User-Agent": pyrax.USER_AGENT, "Content-Type": "application/json"}
+            headers |= {"X-Auth-Token": token, "X-Auth-Project-Id": str(self.identity.tenant_id)}
+            self._add_custom_headers(headers)
+            self.management_url = self.management_url or self.identity.queues_url(self.region_name)
+            url = f"{self.management_url}{uri}"
+            answer = self._http.request(method, url, headers=headers, allow_redirects=False, **options)
+            if answer.status_code != requests.codes.unauthorized or not again:
+                return answer, answer.content
+            token, again = self.identity.sign_in(token), False  # tokens live for a day
 
 
 class CloudQueues(ZaqarApi):
-    """Queues of one account in one region. client: sends the requests, over `session`, which is closed with it."""
+    """Queues of one account in one region. client: sends the requests over `http`, which is closed with it."""
 
-    limits = LIMITS
-    refusals: ClassVar[Refusals] = {**REFUSALS, 501: (QueueError, "; is that Cloud Queues, API v1?")}
-    other_refusals = (QueueUnavailable, "")
-    wraps_messages = False
+    # At most 10 bodies: docs.rackspace.com, Messages operations. Zaqar itself takes more.
+    limits = Limits(service="Rackspace Cloud Queues", claim_limit=20, post_limit=10, message_bytes=REQUEST_BYTES - 25)
+    around = "[", "]"
 
-    def __init__(self, client: QueueClient, address: str, session: requests.Session) -> None:
-        super().__init__(address)
+    def __init__(self, client: QueueClient, http: HttpSession, address: str, credentials: str) -> None:
+        super().__init__(http, address, credentials)
         self._client = client
-        self._session = session
 
     @classmethod
     def from_url(cls, url: str) -> Self:
@@ -61,73 +121,23 @@ class CloudQueues(ZaqarApi):
 
         Raises ConfigError for any other URL, CredentialsError where keyring has no key for the user.
         """
-        named, region, endpoint = _parse(url)
-        if not (user := named or configured_user()):
-            raise CredentialsError(
-                "no user is named: write rackspace://USER@REGION, or set CLOUD_KEYRING_USER,"
-                " or keyring_username in ~/.pyrax.cfg"
-            )
+        place, options = split_url(url, "(?:[^/@:?#]+@)?[A-Za-z0-9_-]+", ("identity",), USAGE)
+        named, _, region = place.rpartition("@")
+        if not (user := unquote(named) or pyrax.get_setting("keyring_username")):
+            raise CredentialsError(f"no user is named: {USAGE}; or set CLOUD_KEYRING_USER")
+        http = HttpSession(trust_env=True)
         key = keyrings.secret("pyrax", user, what="API key")
-        session = requests.Session()
-        session.auth = lambda request: request  # or requests takes a password for the host from ~/.netrc
-        identity = Identity(user, key, endpoint, session)
-        address = f"rackspace://{quote(user)}@{region}"
-        if identity.auth_endpoint != AUTH_ENDPOINT:
-            address += f"?identity={identity.auth_endpoint}"
-        return cls(Client(identity, region, session), address, session)
-
-    @property
-    def credentials(self) -> str:
-        return f"the API key of {self._client.identity.username}, in keyring"
+        identity = Identity(user, key, options.get("identity"), http)
+        own = {} if identity.auth_endpoint == AUTH_ENDPOINT else {"identity": identity.auth_endpoint}
+        address = with_options(f"rackspace://{quote(user)}@{region.upper()}", own)
+        return cls(Client(identity, region.upper(), http), http, address, f"the API key of {user}, in keyring")
 
     def exists(self, queue: str) -> bool:
-        self.limits.check_queue(queue)
-        return bool(self._call(f"look for {queue} at {self.address}", {}, self._client.queue_exists, queue))
-
-    def purge(self, queue: str) -> None:
-        self.stats(queue)  # or a missing queue would look empty
-        super().purge(queue)
-
-    def close(self) -> None:
-        self.stop_waiting()
-        self._session.close()
-
-    def _send(self, what: str, method: str, path: str, instead: Refusals, **options: Any) -> Answer:
-        # pyrax's own claim reads the claim back with a second request: where that fails, the claim is lost.
-        send: Callable[..., Answer] = getattr(self._client, f"method_{method.lower()}")
-        return self._call(what, instead, send, path, **options)
-
-    def _call(self, what: str, instead: Refusals, call: Callable[..., T], path: str, **options: Any) -> T:
-        """Call pyrax; its errors become ours."""
-        self.requests[what.partition(" ")[0]] += 1
         try:
-            return call(path, **options)
-        except sdk.ClientException as error:
-            seconds = getattr(error, "retry_after_s", None)
-            raise self._refused(what, error.code, str(error), seconds, instead) from error
-        except (sdk.PyraxException, OSError, HTTPError) as error:
-            raise translated(error, what, ERRORS, error) from error
+            return self._ask("look for", queue, f"HEAD /queues/{queue}", bool)
+        except QueueNotFound:
+            return False
 
-    def _life(self, message: Message, claim_ttl: int, grace: int) -> int:
-        """API v1 shows its TTL plus grace for a message that lives on; where the answer allows two, the longer."""
-        shown = message.ttl or 0
-        if MESSAGE_TTL.low <= shown - grace < message.age + claim_ttl:
-            return max(shown, int(message.age) + claim_ttl + grace)
-        return shown
-
-
-def _parse(url: str) -> tuple[str, str, str | None]:
-    """The user or "", the region and the identity service's URL. The errors do not show the URL: it may hold a key."""
-    try:
-        parts = urlsplit(url)
-        user, _, region = parts.netloc.rpartition("@")
-        options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
-    except ValueError:
-        raise ConfigError("the queue URL cannot be read: write rackspace://USER@REGION") from None
-    if ":" in user:
-        raise ConfigError("the queue URL holds a secret, which everyone may see: keyring set pyrax USER keeps it")
-    if set(options) - {"identity"} or not all(options.values()):
-        raise ConfigError("the queue URL has an unknown or empty option: rackspace:// takes identity=URL alone")
-    if not re.fullmatch("[A-Za-z0-9_-]+", region) or parts.path.strip("/") or parts.fragment:
-        raise ConfigError("the queue URL names no region: write rackspace://USER@REGION, such as rackspace://me@DFW")
-    return unquote(user), region.upper(), options.get("identity")
+    def _send(self, method: str, path: str, **options: Any) -> Answer:
+        answer: Answer = getattr(self._client, f"method_{method.lower()}")(path, **options)[0]
+        return answer

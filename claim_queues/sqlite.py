@@ -1,650 +1,390 @@
-"""The embedded queues: one SQLite file, shared by any number of processes on one machine.
+"""The embedded queue: one SQLite file, shared by any number of processes on one machine.
 
-Semantics follow OpenStack Zaqar's. Times in the file are UTC milliseconds. A message is free while `held_until`
-is 0 or past, claimed while it lies ahead and `claim` is set, delayed while it lies ahead and `claim` is not. None
-expires before its `held_until`. Renewals and releases are not synced: after a power cut they may be as if they had
-never been, and so may a claim of messages that were durable already. Everything else is.
+A message is free while `held_until` is 0 or past, claimed while it lies ahead and `claim` is set, delayed while it
+lies ahead and `claim` is not. What lies more than 43,200 s ahead is over too: the clock was set back. Times are UTC
+milliseconds. Posts and deletes are synced; claims, renewals and releases are not: a power cut may undo them. A
+message id is the file's own prefix and a number, so that it names one message among those of all files.
 """
 
 import json
 import os
 import re
-import select
-import socket
 import threading
 import time
-import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Self
+from urllib.parse import unquote
 
-from .base import JSON, Claim, Limits, Message, Page, Queues, Range, Settled, Settlement, Stats, decode
-from .errors import ClaimLost, ConfigError, MessageRefused, PostIncomplete, StoreError, SyncFailed
-from .store import Log, open_store, store_errors, transaction
+import apsw
+import structlog
 
-try:
-    from inotify_simple import INotify, flags
-except ImportError:  # not Linux: the wait below looks every RECHECK_BLIND_S instead
-    INotify = None
+from .base import JSON, Claim, Limits, Message, Queues, Settled, Settlement, Stats, check_queue, decode, expiry
+from .errors import ClaimLost, ConfigError, MessageRefused, QueueUnavailable, StoreError
 
-LIMITS = Limits(
-    service="the embedded queue",
-    claim_ttl=Range(60, 43_200),
-    grace=Range(60, 43_200),
-    message_ttl=Range(60, 1_209_600),
-    keeps_for_ever=True,
-    claim_limit=20,
-    post_batch=1_000,
-    message_bytes=262_144,
-    can_browse=True,
-    counts_receives=True,
-    fenced_delete=True,
-    atomic_settle=True,
-    releases_one_message=True,
-    release_delay=43_200,
-    settle_linger=0.010,
-)
-
-RECHECK_S = 1.0
-"""Longest sleep without a look, for a poster that died after its commit, before it woke others."""
-RECHECK_BLIND_S = 0.05
-LOOK_EVERY_MS = 100
-"""While every claim is full, what has lapsed or expired, or whose delay has ended, may wait for so long."""
-PURGE_BATCH = 10_000
-NEVER_MS = 2**62
-
-APPLICATION_ID = 0x51C1A135
-SCHEMA_VERSION = 2
+BUSY_TIMEOUT_MS = 5000
+LONG_LOG_PAGES = 2000
+LOOK_EVERY_S = 0.007  # while waiting: whether anything was committed; at first more often
+LOOK_AGAIN_S = 0.25  # while waiting: for what has become free by time alone
+VERSION = 1
+APPLICATION_ID = 0x51C1A137
 SCHEMA = """
-CREATE TABLE store (id TEXT NOT NULL) STRICT;
-INSERT INTO store VALUES (lower(hex(randomblob(4))));
-CREATE TABLE queues (number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE) STRICT;
+CREATE TABLE file (prefix TEXT NOT NULL) STRICT;
+INSERT INTO file VALUES (lower(hex(randomblob(6))));
 CREATE TABLE messages (
-    place INTEGER PRIMARY KEY AUTOINCREMENT,
-    queue INTEGER NOT NULL,
-    held_until INTEGER NOT NULL DEFAULT 0,
-    claim TEXT,
-    receives INTEGER NOT NULL DEFAULT 0,
-    posted INTEGER NOT NULL,
-    expires INTEGER,
-    body BLOB NOT NULL,
-    checksum INTEGER
+    id INTEGER PRIMARY KEY AUTOINCREMENT, queue TEXT NOT NULL, held_until INTEGER NOT NULL DEFAULT 0, claim TEXT,
+    posted INTEGER NOT NULL, expires INTEGER, body BLOB NOT NULL
 ) STRICT;
-CREATE INDEX by_hold ON messages (queue, held_until, place);
+CREATE INDEX by_hold ON messages (queue, held_until, id);
 CREATE INDEX by_expiry ON messages (expires) WHERE expires IS NOT NULL;
 """
-
-UPGRADE = "ALTER TABLE messages ADD COLUMN checksum INTEGER"
-"""From version 1. A message without a checksum was posted before, or by a process that still runs."""
-
-PLACE = re.compile("([0-9a-f]{8})([0-9a-f]{16})")
-"""A message id: of the file, and of the message in it."""
 ALIVE = "(expires IS NULL OR expires > :now)"
-IN_PLACES = "place IN (SELECT value FROM json_each(:places))"
-MOST_ROWS = 20
-"""Rows that one statement inserts, claims or deletes.
-
-Each step of a statement lets go of the interpreter, and waits for its turn again with the file locked for all.
+FREE = f"SELECT id FROM messages WHERE queue = :queue AND held_until = 0 AND {ALIVE} ORDER BY id LIMIT :limit"
+LAPSED = """SELECT id FROM messages WHERE queue = :queue AND held_until BETWEEN 1 AND :now
+UNION ALL SELECT id FROM messages WHERE queue = :queue AND held_until > :now + 43200000"""
+HELD = "held_until BETWEEN :now + 1 AND :now + 43200000"
+AMONG = "id IN (SELECT value FROM json_each(:ids))"
+OURS = f"{AMONG} AND claim = :claim AND held_until > :now"
+HOLD = "held_until = :until, expires = CASE WHEN expires < :until THEN :until + :grace ELSE expires END"
+LOOK = f"SELECT EXISTS ({FREE}), EXISTS ({LAPSED}), EXISTS (SELECT 1 FROM messages WHERE expires <= :now)"
+FREE_LAPSED = f"UPDATE messages SET held_until = 0, claim = NULL WHERE id IN ({LAPSED})"
+EXPIRE = "DELETE FROM messages WHERE expires <= :now RETURNING queue"
+COLUMNS = "id, body, max(0, :now - posted)"
+CLAIM = f"UPDATE messages SET claim = :claim, {HOLD} WHERE id IN ({FREE}) RETURNING {COLUMNS}"
+KEEP = f"UPDATE messages SET claim = :for, {HOLD} WHERE {OURS} RETURNING id"
+SETTLE = f"DELETE FROM messages WHERE {OURS} RETURNING id"
+DELETE = f"DELETE FROM messages WHERE {AMONG} AND +queue = :queue AND (claim IS NULL OR NOT {HELD})"
+PAGE = f"SELECT {COLUMNS} FROM messages WHERE queue = :queue AND id > :after AND {ALIVE}"
+BROWSE = f"""
+SELECT * FROM ({PAGE} AND held_until = 0 ORDER BY id LIMIT :limit)
+UNION ALL {PAGE} AND held_until > 0 ORDER BY id LIMIT :limit
 """
-HELD_BY_CLAIM = f"{IN_PLACES} AND claim = :claim AND held_until > :now"
-LIVE_ON = f"UPDATE messages SET expires = :until + :grace WHERE {IN_PLACES} AND claim = :claim AND expires < :until"
-COLUMNS = "place, body, posted, expires, receives, checksum"
+COUNT = f"""
+SELECT count(*) FILTER (WHERE NOT {HELD}), count(*) FILTER (WHERE {HELD} AND claim IS NOT NULL),
+    count(*) FILTER (WHERE {HELD} AND claim IS NULL), max(0, :now - min(posted)) / 1000.0
+FROM messages WHERE queue = :queue AND {ALIVE}
+"""
+
+log = structlog.get_logger()
 
 
-Row = tuple[str, str, int | None]
-"""What is to be posted: the queue, the body as JSON text, and how many seconds it may live."""
+class Store:
+    """A SQLite file, open for all threads of a process; a missing one is made, for its owner alone.
 
-
-class _SomeLost(Exception):
-    """Not all of the messages are held by the claim; or they are too many for one statement."""
-
-
-class _Seen(NamedTuple):
-    """What a look found: free messages, ones whose hold or delay has ended, and any in the file that have expired."""
-
-    free: bool
-    lapsed: bool
-    expired: bool
-
-
-class _Taken(NamedTuple):
-    """What a transaction has claimed, and when. Messages are made of the rows once others may have the file."""
-
-    claim_id: str
-    now: int
-    rows: list[Any]
-
-
-FREE_ONLY = _Seen(free=True, lapsed=False, expired=False)
-"""What a claim goes by after one that was full: a look would cost more than it saves."""
-
-
-@dataclass(slots=True)
-class _Write:
-    """A transaction under way. now: when it began, in UTC milliseconds. synced: durable when the block has ended.
-
-    newest: the last place given, where it is known.
+    application_id: marks the file as ours. Raises StoreError, and leaves the file as it is, where it is not ours,
+    newer, damaged, not writable or without its log, and once it was removed or replaced: what is written to a file
+    without a name is gone with the process. Raises QueueUnavailable where another process keeps it locked.
     """
 
-    now: int
-    synced: bool
-    newest: int = 0
+    def __init__(self, path: Path, application_id: int, schema: str) -> None:
+        self.path = path.absolute()
+        self._lock = threading.Lock()
+        with self._errors():
+            has_log = self._prepare()
+            self._connection = apsw.Connection(str(self.path), flags=apsw.SQLITE_OPEN_READWRITE)
+            try:
+                self._set_up(application_id, schema)
+            except BaseException:
+                # The last to close a file writes its log into it, unless told not to.
+                self._connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, has_log)
+                self._connection.close()
+                raise
+
+    @contextmanager
+    def reading(self) -> Iterator[apsw.Connection]:
+        """The file, for this thread alone."""
+        if not self._lock.acquire(timeout=BUSY_TIMEOUT_MS / 1000):
+            raise QueueUnavailable(f"{self.path}: locked: other threads wait for it")
+        try:
+            with self._errors():
+                yield self._connection
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def writing(self, *, synced: bool = True) -> Iterator[apsw.Connection]:
+        """A transaction. synced: it outlives a power cut, not just this process."""
+        with self.reading() as file:
+            if synced:
+                self.check()
+            # Immediate: a transaction that reads first could not wait for the write lock.
+            file.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}; BEGIN IMMEDIATE")
+            try:
+                yield file
+                file.execute("COMMIT")
+            except BaseException:
+                if file.in_transaction:
+                    file.execute("ROLLBACK")
+                raise
+
+    def check(self) -> None:
+        """Raise StoreError where the file was removed or replaced since it was opened."""
+        with suppress(OSError):
+            found = self.path.stat()
+            if (found.st_dev, found.st_ino) == self._identity:
+                return
+        raise StoreError(f"{self.path}: was removed or replaced while it was open: start again")
+
+    def version(self) -> tuple[Any, int] | None:
+        """Changes with each commit: the first number with those of other connections, the second with our own."""
+        with self._lock, suppress(apsw.Error):  # who looks then will be told
+            return self._connection.execute("PRAGMA data_version").get, self._connection.total_changes()
+        return None
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    def _prepare(self) -> bool:
+        """Make a missing file, refuse what SQLite would overwrite. Returns whether the file has a log."""
+        log, journal = (Path(f"{self.path.resolve()}{end}") for end in ("-wal", "-journal"))
+        has_log = log.exists()
+        if (has_log or journal.exists()) and not self.path.exists():
+            raise StoreError(f"{self.path}: is missing, but its log is there: put it back, or move the log away too")
+        with suppress(FileExistsError):  # to open and close a file that is open already would drop its locks
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        found = self.path.stat()
+        if not self.path.is_file():
+            raise StoreError(f"{self.path}: is not a regular file: name another one")
+        if found.st_size == 0 if has_log else found.st_size % 4096:
+            raise StoreError(f"{self.path}: is damaged, or no SQLite file: restore a copy, or move it away")
+        self._identity = found.st_dev, found.st_ino
+        return has_log
+
+    def _set_up(self, application_id: int, schema: str) -> None:
+        self._connection.set_busy_timeout(BUSY_TIMEOUT_MS)
+        self._connection.set_wal_hook(self._start_log_again)
+        self._connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)  # else STAT4 plans each claim again
+        with self.writing() as file:
+            found, version = file.pragma("application_id"), file.pragma("user_version")
+            if found == 0 and not file.execute("SELECT 1 FROM sqlite_schema").get:
+                file.execute(f"{schema}; PRAGMA application_id = {application_id}; PRAGMA user_version = {VERSION}")
+            elif found != application_id:
+                raise StoreError(f"{self.path}: belongs to another program: name another file")
+            elif version > VERSION:
+                raise StoreError(f"{self.path}: was made by a newer version of this program: upgrade")
+        with self.reading() as file:
+            file.execute("PRAGMA fullfsync = 1; PRAGMA checkpoint_fullfsync = 1")  # macOS: through the disk's cache
+            for _ in range(BUSY_TIMEOUT_MS // 10):  # SQLite does not wait here, and two processes may make a file
+                with suppress(apsw.BusyError):
+                    if file.pragma("journal_mode", "wal") == "wal":
+                        return
+                    raise StoreError(f"{self.path}: cannot have a log there: name a file on a local disk")
+                time.sleep(0.01)
+            raise apsw.BusyError
+
+    @staticmethod
+    def _start_log_again(file: apsw.Connection, name: str, pages: int) -> int:
+        """After a commit. SQLite's own checkpoints wait for nobody, so the log grows while there is always a writer."""
+        if pages >= LONG_LOG_PAGES:
+            file.set_busy_timeout(20)
+            with suppress(apsw.Error):  # the commit is done; the next one tries again
+                file.wal_checkpoint(name, apsw.SQLITE_CHECKPOINT_RESTART)
+            file.set_busy_timeout(BUSY_TIMEOUT_MS)
+        return apsw.SQLITE_OK
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (apsw.BusyError, apsw.LockedError) as error:
+            raise QueueUnavailable(f"{self.path}: locked by another process") from error
+        except OSError as error:
+            raise StoreError(f"{self.path}: {error.strerror}: make its directory, or name another file") from error
+        except (apsw.Error, UnicodeError) as error:
+            hint = "it was left as it is: make room, check its permissions, restore a copy or name another file"
+            raise StoreError(f"{self.path}: {error}: {hint}") from error
 
 
 class SqliteQueues(Queues):
-    """Queues in one file. clock: the wall clock in seconds, the same for all processes on the file."""
+    """Queues in one file, made at its first use; every queue is there once the file is.
 
-    limits = LIMITS
+    clock: seconds since the epoch, the same for all processes that share it.
+    """
+
+    limits = Limits(
+        service="the embedded queue", claim_limit=20, post_limit=1000, release_delay=43_200, makes_queues=True
+    )
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
-        self.address = f"sqlite:///{path.absolute()}"
         self._path = path.absolute()
-        self.requests = Counter()
+        self.address = f"sqlite:///{self._path}"
         self._clock = clock
-        # One connection: threads queue here, only processes meet in SQLite.
-        self._lock = threading.Lock()
-        self._in_use = 0
-        self._unused = threading.Condition(self._lock)
-        self._watches: list[Any] = []
-        self._numbers: dict[str, int] = {}
-        self._synced_to = 0  # places are given in the order of commits: what lies before it is synced too
-        self._failed_sync = ""
-        self._full: dict[str, int] = {}  # queues whose last claim was full, and when they were last looked at
-        self._connection = open_store(
-            path, application_id=APPLICATION_ID, version=SCHEMA_VERSION, schema=SCHEMA, upgrade=UPGRADE
-        )
-        with store_errors(path):
-            self._store_id: str = self._connection.execute("SELECT id FROM store").get
-            self._log = Log(self._connection, path)
-        self._stop_reader, self._stop_writer = socket.socketpair()
+        self._stopping = threading.Event()
+        self._opening = threading.Lock()
+        self._store: Store | None = None
+        self._prefix = ""
+
+    @classmethod
+    def from_url(cls, url: str) -> Self:
+        """`sqlite:///PATH`, percent-encoded: relative to the working directory, or with a fourth slash absolute."""
+        path = url.removeprefix("sqlite:///")
+        if path in ("", url) or re.search(r"[?#\0]|%00", path):
+            raise ConfigError(f"{url}: write sqlite:///PATH, or sqlite:////PATH for an absolute path")
+        return cls(Path(unquote(path)))
 
     def create(self, queue: str) -> None:
-        with self._writing():
-            self._number(queue)
+        check_queue(queue)
+        self._file().check()
 
     def exists(self, queue: str) -> bool:
-        """True: a queue of the embedded service is made by its first use."""
-        self.limits.check_queue(queue)
-        return True
+        return bool(check_queue(queue) and self._found())
 
     def post(self, queue: str, bodies: Sequence[JSON], *, ttl: int | None = None) -> list[str]:
-        self.limits.check_message_ttl(ttl)
-        texts = [self.limits.encode(body) for body in bodies]
-        if not texts:
-            return []
-        try:
-            with self._writing(wakes=True) as write:
-                self._insert(write.now, [(queue, text, ttl) for text in texts])
-                last = self._connection.last_insert_rowid()
-        except SyncFailed as error:
-            raise PostIncomplete(str(error), accepted={}, refused={}, unknown=range(len(texts))) from error
-        return [self._id(place) for place in range(last - len(texts) + 1, last + 1)]
+        rows = [(check_queue(queue), self.limits.encode(body), ttl) for body in bodies]
+        with self._file().writing() as file:
+            self._insert(file, self._now(), rows)
+            last = file.last_insert_rowid()
+        return [f"{self._prefix}-{number}" for number in range(last - len(rows) + 1, last + 1)]
 
     def claim(self, queue: str, *, ttl: int, grace: int, limit: int, wait: float = 0) -> Claim | None:
-        self.limits.check_claim(ttl=ttl, grace=grace, limit=limit)
-        claim = self._claim(queue, ttl, grace, limit)
-        if claim is None and wait > 0:
-            with self._waiting(wait) as wait_for_post:
-                while (claim := self._claim(queue, ttl, grace, limit)) is None and wait_for_post(queue):
-                    pass
-        return claim
+        check_queue(queue)
+        for _ in self._looks(wait):
+            asked_at = time.monotonic()
+            claim_id = os.urandom(12).hex()
+            if messages := self._claim(queue, claim_id, ttl, grace, limit):
+                return Claim(claim_id, queue, ttl, grace, messages, expiry(asked_at, ttl))
+        return None
 
-    def renew(self, claim: Claim, *, ttl: int, messages: Collection[Message] | None = None) -> None:
-        self.limits.check_claim(ttl=ttl, grace=claim.grace, limit=1)
-        with self._writing(synced=False) as write:
-            values = self._held(claim, messages, write.now)
-            values |= {"until": write.now + ttl * 1000, "grace": claim.grace * 1000}
-            self._connection.execute(f"UPDATE messages SET held_until = :until WHERE {HELD_BY_CLAIM}", values)
-            if self._connection.changes() == 0:
-                raise ClaimLost(f"claim {claim.id} on {claim.queue} lapsed or was released")
-            self._connection.execute(LIVE_ON, values)
+    def renew(self, claim: Claim) -> None:
+        asked_at = time.monotonic()
+        held = self._hold(claim, claim.ttl, claim.id)
+        claim.drop({message.id for message in claim.messages} - held)
+        if not held:
+            raise ClaimLost(f"claim {claim.id} on {claim.queue} expired or was released")
+        claim.renewed(asked_at)
 
     def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
-        return self._settle(claim, settlements, lambda _: None)[0]
+        """In one transaction: each outcome is stored exactly once."""
+        rows, refused = {}, {}
+        for message, posts, _ in settlements:
+            try:
+                rows[message.id] = [(check_queue(queue), self.limits.encode(body), ttl) for queue, body, ttl in posts]
+            except MessageRefused as error:
+                refused[message.id] = error
+        with self._file().writing() as file:
+            now = self._now()
+            ids = json.dumps([int(message.handle) for message, *_ in settlements if message.id in rows])
+            deleted = self._ids(file.execute(SETTLE, {"ids": ids, "claim": claim.id, "now": now}))
+            self._insert(file, now, [row for id_ in rows if id_ in deleted for row in rows[id_]])
+        claim.drop(deleted)
+        return Settled(deleted, refused)
 
-    def settle_and_claim(
-        self, claim: Claim, settlements: Sequence[Settlement], *, ttl: int, grace: int, limit: int
-    ) -> tuple[Settled, Claim | None]:
-        self.limits.check_claim(ttl=ttl, grace=grace, limit=limit)
-        if self._is_look_due(claim.queue):
-            return super().settle_and_claim(claim, settlements, ttl=ttl, grace=grace, limit=limit)
-        settled, taken = self._settle(
-            claim, settlements, lambda write: self._take(write, claim.queue, ttl, grace, limit)
-        )
-        if taken is None or len(taken.rows) < limit:
-            self._full.pop(claim.queue, None)  # there may be more than what was free at once
-        if taken is None:
-            return settled, self._claim_if_it_answers(claim.queue, ttl, grace, limit)
-        return settled, self._claim_of(taken, claim.queue, grace)
+    def release(self, claim: Claim, *, delay: float = 0) -> None:
+        self._hold(claim, delay, None)
 
-    def release(self, claim: Claim, messages: Collection[Message] | None = None, *, delay: float = 0) -> None:
-        self.limits.check_release(delay=delay)
-        with self._writing(synced=False, wakes=True) as write:
-            values = self._held(claim, messages, write.now)
-            delay_ms = round(delay * 1000)
-            values |= {"until": write.now + delay_ms if delay_ms else 0, "grace": claim.grace * 1000}
-            # A delay must not be what ends a message's life.
-            self._connection.execute(f"{LIVE_ON} AND held_until > :now", values)
-            self._connection.execute(
-                f"UPDATE messages SET claim = NULL, held_until = :until WHERE {HELD_BY_CLAIM}", values
-            )
-
-    def browse(self, queue: str, *, after: str = "", limit: int = 20, claimed: bool = False, wait: float = 0) -> Page:
-        if not re.fullmatch("[0-9]{0,18}", after):
-            raise ConfigError(f"{after!r} is no marker of {self.address}")
-        look = partial(self._browse, queue, int(after or 0), limit, claimed)
-        page = look()
-        if not page.messages and wait > 0:
-            with self._waiting(wait) as wait_for_post:
-                while not (page := look()).messages and wait_for_post(queue):
-                    pass
-        return page
-
-    def end_marker(self, queue: str) -> str:
-        self.limits.check_queue(queue)
-        with self._reading():
-            return str(self._connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'messages'").get or 0)
+    def browse(self, queue: str, *, after: str = "", limit: int = 20, wait: float = 0) -> tuple[list[Message], str]:
+        check_queue(queue)
+        for _ in self._looks(wait):
+            if store := self._found():
+                with store.reading() as file:
+                    values = {"queue": queue, "after": int(after or 0), "now": self._now(), "limit": limit}
+                    rows = file.execute(BROWSE, values).fetchall()
+                if rows:
+                    return self._messages(rows), str(rows[-1][0])
+        return [], after
 
     def delete(self, queue: str, ids: Sequence[str]) -> None:
-        # Callers may hand in any text; ids of other files have no place here.
-        found = (PLACE.fullmatch(id_) for id_ in ids)
-        places = [int(match[2], 16) for match in found if match and match[1] == self._store_id]
-        with self._writing() as write:
-            self._connection.execute(
-                f"DELETE FROM messages WHERE {IN_PLACES} AND queue = :queue AND (claim IS NULL OR held_until <= :now)",
-                {"places": json.dumps(places), "queue": self._number(queue), "now": write.now},
-            )
+        check_queue(queue)
+        with self._file().writing() as file:
+            parts = (id_.rpartition("-") for id_ in ids)
+            numbers = [int(n) for prefix, _, n in parts if prefix == self._prefix and re.fullmatch("[0-9]{1,18}", n)]
+            values = {"queue": queue, "ids": json.dumps(numbers), "now": self._now()}
+            file.execute(DELETE, values)
 
     def purge(self, queue: str) -> None:
-        with self._writing():
-            self._connection.execute("DELETE FROM messages WHERE queue = ?", (self._number(queue),))
+        with self._file().writing() as file:
+            file.execute("DELETE FROM messages WHERE queue = ?", (check_queue(queue),))
 
     def stats(self, queue: str) -> Stats:
-        with self._reading() as now:
-            free, claimed, delayed, oldest = self._connection.execute(
-                f"""
-                SELECT (SELECT count(*) FROM messages WHERE queue = :queue AND held_until <= :now)
-                     - (SELECT count(*) FROM messages WHERE expires <= :now AND queue = :queue),
-                    (SELECT count(*) FROM messages WHERE queue = :queue AND held_until > :now AND claim IS NOT NULL),
-                    (SELECT count(*) FROM messages WHERE queue = :queue AND held_until > :now AND claim IS NULL),
-                    (SELECT min(posted) FROM (
-                        SELECT * FROM (SELECT posted FROM messages
-                            WHERE queue = :queue AND held_until = 0 AND {ALIVE} ORDER BY place LIMIT 1)
-                        UNION ALL
-                        SELECT posted FROM messages WHERE queue = :queue AND held_until > 0 AND {ALIVE}))
-                """,
-                {"queue": self._known(queue), "now": now},
-            ).get
-        return Stats(free, claimed, delayed, None if oldest is None else max(0, now - oldest) / 1000)
+        check_queue(queue)
+        if (store := self._found()) is None:
+            return Stats(0, 0, 0)
+        with store.reading() as file:
+            ((free, claimed, delayed, oldest_age),) = file.execute(COUNT, {"queue": queue, "now": self._now()})
+        return Stats(free, claimed, delayed, oldest_age)
 
     def stop_waiting(self) -> None:
-        self._stop_writer.close()  # makes the other end readable, for ever
+        self._stopping.set()
 
     def close(self) -> None:
         self.stop_waiting()
-        with self._unused:
-            self._unused.wait_for(lambda: not self._in_use)
-            self._connection.close()
-            self._log.close()
-            self._stop_reader.close()
-            for watch in self._watches:
-                watch.close()
+        if self._store:
+            self._store.close()
 
-    def inspect(self, queue: str) -> list[str]:
-        """Read the whole file and compare it with itself; raise StoreError where it is damaged."""
-        with self._reading():
-            problem = " ".join(self._connection.execute("PRAGMA quick_check(1)").get.split())
-        if problem != "ok":
-            raise StoreError(f"{self._path}: is damaged ({problem}): restore a copy, or move it away")
-        return []
+    def _claim(self, queue: str, claim_id: str, ttl: int, grace: int, limit: int) -> tuple[Message, ...]:
+        store = self._file()
+        store.check()
+        values: dict[str, Any] = {"queue": queue, "now": self._now(), "claim": claim_id, "limit": limit}
+        with store.reading() as file:  # an idle consumer takes no write lock
+            ((free, lapsed, expired),) = file.execute(LOOK, values)
+        if not (free or lapsed or expired):
+            return ()
+        with store.writing(synced=False) as file:
+            values["now"] = now = self._now()
+            if lapsed:
+                file.execute(FREE_LAPSED, values)  # to 0, so that the index gives the oldest first
+            gone = Counter(name for (name,) in file.execute(EXPIRE, values)) if expired else {}
+            rows = file.execute(CLAIM, values | {"until": now + ttl * 1000, "grace": grace * 1000}).fetchall()
+        for name, number in gone.items():
+            log.warning("messages expired unclaimed", queue=name, number=number)
+        return tuple(self._messages(sorted(rows)))
 
-    def _claim(self, queue: str, ttl: int, grace: int, limit: int) -> Claim | None:
-        """Claim in one transaction, after what is seen to have lapsed or expired is cleared away."""
-        looked_at, seen = self._full.get(queue, 0), FREE_ONLY
-        if self._is_look_due(queue):
-            looked_at, seen = self._look(queue)
-        if not any(seen):
+    def _hold(self, claim: Claim, seconds: float, claim_id: str | None) -> frozenset[str]:
+        """Keep what the claim holds from others for so long, for that claim or none; returns the ids."""
+        with self._file().writing(synced=False) as file:
+            now, ids = self._now(), json.dumps([int(message.handle) for message in claim.messages])
+            until = now + round(seconds * 1000) if seconds else 0
+            values = {"ids": ids, "claim": claim.id, "now": now, "until": until, "grace": claim.grace * 1000}
+            return self._ids(file.execute(KEEP, values | {"for": claim_id}))
+
+    def _looks(self, wait: float) -> Iterator[None]:
+        """Once, then each time that there may be something new, until the time is over or waiting is stopped."""
+        asked_at = time.monotonic()
+        deadline = asked_at + wait
+        while True:
+            seen = self._store.version() if self._store and wait else None
+            yield
+            if (started := time.monotonic()) >= deadline or self._stopping.is_set():
+                return
+            again_at = min(deadline, started + LOOK_AGAIN_S)
+            while (self._store and self._store.version()) == seen and (left := again_at - time.monotonic()) > 0:
+                pause = min(LOOK_EVERY_S, max(0.001, (time.monotonic() - asked_at) / 10))
+                if self._stopping.wait(min(pause, left)):
+                    return
+
+    def _file(self) -> Store:
+        with self._opening:
+            if self._store is None:
+                store = Store(self._path, APPLICATION_ID, SCHEMA)
+                with store.reading() as file:
+                    self._prefix = str(file.execute("SELECT prefix FROM file").get)
+                self._store = store
+            return self._store
+
+    def _found(self) -> Store | None:
+        """The file, unless it is missing yet: to look makes none."""
+        if self._store is None and not self._path.exists():
             return None
-        with self._writing(synced=False) as write:
-            values = {"queue": self._number(queue), "now": write.now, "batch": PURGE_BATCH}
-            if seen.expired:
-                self._connection.execute(
-                    "DELETE FROM messages"
-                    " WHERE place IN (SELECT place FROM messages WHERE expires <= :now LIMIT :batch)",
-                    values,
-                )
-            if seen.lapsed:
-                self._connection.execute(
-                    "UPDATE messages SET held_until = 0, claim = NULL"
-                    " WHERE queue = :queue AND held_until BETWEEN 1 AND :now",
-                    values,
-                )
-            taken = self._take(write, queue, ttl, grace, limit)
-        if taken and len(taken.rows) == limit and not seen.expired:  # what has expired may be more than one batch
-            self._full[queue] = looked_at
-        else:
-            self._full.pop(queue, None)
-            if not taken and seen is FREE_ONLY:  # there may be more than what was free at once
-                return self._claim(queue, ttl, grace, limit)
-        return self._claim_of(taken, queue, grace) if taken else None
+        store = self._file()
+        store.check()
+        return store
 
-    def _is_look_due(self, queue: str) -> bool:
-        looked_at = self._full.get(queue, -LOOK_EVERY_MS)
-        return not looked_at <= self._now() < looked_at + LOOK_EVERY_MS
+    def _messages(self, rows: Sequence[tuple[Any, ...]]) -> list[Message]:
+        return [
+            Message(f"{self._prefix}-{number}", decode(str(body, errors="replace")), age_ms / 1000, None, str(number))
+            for number, body, age_ms in rows
+        ]
 
-    def _take(self, write: _Write, queue: str, ttl: int, grace: int, limit: int) -> _Taken | None:
-        """Claim what is free at once."""
-        claim_id, until = os.urandom(12).hex(), write.now + ttl * 1000
-        values: dict[str, Any] = {
-            "queue": self._number(queue),
-            "now": write.now,
-            "claim": claim_id,
-            "until": until,
-            "grace": grace * 1000,
-            "limit": limit,
-        }
-        rows: list[Any] = self._connection.execute(
-            f"""
-            SELECT place, body, posted,
-                CASE WHEN expires < :until THEN :until + :grace ELSE expires END, receives + 1, checksum
-            FROM messages WHERE queue = :queue AND held_until = 0 AND {ALIVE} ORDER BY place LIMIT :limit
-            """,
-            values,
-        ).fetchall()
-        if not rows:
-            return None
-        self._connection.execute(_claiming(len(rows)), (claim_id, until, *[row[0] for row in rows]))
-        if until + values["grace"] in [row[3] for row in rows]:
-            self._connection.execute(LIVE_ON, {**values, "places": json.dumps([row[0] for row in rows])})
-        # A message that a power cut undoes would leave its id to another: it is synced before it is worked on.
-        if rows[-1][0] > self._synced_to:
-            write.synced = True
-            write.newest = self._connection.execute("SELECT max(place) FROM messages").get
-        return _Taken(claim_id, write.now, rows)
-
-    def _claim_of(self, taken: _Taken, queue: str, grace: int) -> Claim:
-        return Claim(taken.claim_id, queue, self._messages(taken.rows, taken.now), grace)
-
-    def _settle(
-        self, claim: Claim, settlements: Sequence[Settlement], then: Callable[[_Write], _Taken | None]
-    ) -> tuple[Settled, _Taken | None]:
-        """Settle, and do what is to be done `then`, in one transaction."""
-        ids: dict[int, str] = {}
-        outgoing: dict[int, list[Row]] = {}
-        refused: dict[str, MessageRefused] = {}
-        foreign: list[str] = []
-        for message, posts, _ in settlements:
-            id_, place = message.id, self._place(message)
-            if not id_.startswith(self._store_id):
-                foreign.append(id_)
-            elif place not in ids:
-                try:
-                    outgoing[place] = [self._outgoing(*post) for post in posts] if posts else []
-                    ids[place] = id_
-                except MessageRefused as error:
-                    refused[id_] = error
-        try:
-            gone, taken = self._settle_rows(claim, outgoing, self._delete_all, then)
-        except _SomeLost:
-            gone, taken = self._settle_rows(claim, outgoing, self._delete_each, then)
-        deleted = frozenset([ids[place] for place in gone])
-        lost = frozenset([ids[place] for place in ids.keys() - gone] + foreign)
-        return Settled(deleted=deleted, lost=lost, refused=refused), taken
-
-    def _settle_rows(
-        self,
-        claim: Claim,
-        outgoing: dict[int, list[Row]],
-        delete: Callable[[Collection[int], str, int], Collection[int]],
-        then: Callable[[_Write], _Taken | None],
-    ) -> tuple[set[int], _Taken | None]:
-        """Posts and deletes become durable together, so their order here is free. Gives the places that are gone."""
-        with self._writing(wakes=any(outgoing.values())) as write:
-            gone = delete(outgoing, claim.id, write.now)
-            self._insert(write.now, [row for place in gone for row in outgoing[place]])
-            return set(gone), then(write)
-
-    def _delete_all(self, places: Collection[int], claim_id: str, now: int) -> Collection[int]:
-        if places:
-            if len(places) > MOST_ROWS:
-                raise _SomeLost
-            self._connection.execute(_deleting(len(places)), (*places, claim_id, now))
-            if self._connection.changes() < len(places):
-                raise _SomeLost
-        return places
-
-    def _delete_each(self, places: Collection[int], claim_id: str, now: int) -> Collection[int]:
-        gone = []
-        for place in places:
-            self._connection.execute(_deleting(1), (place, claim_id, now))
-            if self._connection.changes():
-                gone.append(place)
-        return gone
-
-    def _look(self, queue: str) -> tuple[int, _Seen]:
-        """The time, and what a claim has to do.
-
-        A look before the write lock is taken: an idle consumer must not stand in a busy one's way. What has expired is
-        removed by claims only: left lying, each look would have to pass over it.
-        """
-        with self._reading() as now:
-            ((free, lapsed, expired),) = self._connection.execute(
-                f"""
-                SELECT EXISTS (SELECT 1 FROM messages WHERE queue = :queue AND held_until = 0 AND {ALIVE}),
-                    EXISTS (SELECT 1 FROM messages WHERE queue = :queue AND held_until BETWEEN 1 AND :now),
-                    EXISTS (SELECT 1 FROM messages WHERE expires <= :now)
-                """,
-                {"queue": self._known(queue), "now": now},
-            )
-        return now, _Seen(free, lapsed, expired)
-
-    def _browse(self, queue: str, after: int, limit: int, claimed: bool) -> Page:
-        with self._reading() as now:
-            rows = self._connection.execute(
-                f"""
-                SELECT * FROM (SELECT {COLUMNS} FROM messages
-                    WHERE queue = :queue AND held_until = 0 AND place > :after AND {ALIVE} ORDER BY place LIMIT :limit)
-                UNION ALL
-                SELECT {COLUMNS} FROM messages
-                    WHERE queue = :queue AND held_until BETWEEN 1 AND :until AND place > :after AND {ALIVE}
-                ORDER BY place LIMIT :limit
-                """,
-                {
-                    "queue": self._known(queue),
-                    "now": now,
-                    "after": after,
-                    "until": NEVER_MS if claimed else now,
-                    "limit": limit,
-                },
-            ).fetchall()
-        return Page(self._messages(rows, now), str(rows[-1][0] if rows else after))
-
-    def _insert(self, now: int, posts: Sequence[Row]) -> None:
-        for batch in (posts[at : at + MOST_ROWS] for at in range(0, len(posts), MOST_ROWS)):
-            values: list[Any] = [now]
-            for queue, text, ttl in batch:
-                body = text.encode()
-                values += self._number(queue), None if ttl is None else now + ttl * 1000, body, zlib.crc32(body)
-            self._connection.execute(_inserting(len(batch)), values)
-
-    def _messages(self, rows: Iterable[tuple[Any, ...]], now: int) -> tuple[Message, ...]:
-        store_id = self._store_id
-        return tuple(
-            [
-                Message(
-                    f"{store_id}{place:016x}",
-                    _body(body, checksum),
-                    (now - posted) / 1000 if now > posted else 0.0,
-                    None if expires is None else (expires - posted) // 1000,
-                    receives,
-                )
-                for place, body, posted, expires, receives, checksum in rows
-            ]
-        )
-
-    def _outgoing(self, queue: str, body: JSON, ttl: int | None) -> Row:
-        self.limits.check_message_ttl(ttl)
-        return queue, self.limits.encode(body), ttl
-
-    def _number(self, queue: str) -> int:
-        """The queue's number, given to it at its first use; inside a write transaction."""
-        if (number := self._known(queue)) == 0:
-            self._connection.execute("INSERT INTO queues (name) VALUES (?)", (queue,))
-            number = self._connection.last_insert_rowid()
-        return number
-
-    def _known(self, queue: str) -> int:
-        """The queue's number, 0 when it was never used."""
-        if (number := self._numbers.get(queue)) is None:
-            self.limits.check_queue(queue)
-            number = self._connection.execute("SELECT number FROM queues WHERE name = ?", (queue,)).get or 0
-            if number:
-                self._numbers[queue] = number
-        return int(number)
-
-    def _id(self, place: int) -> str:
-        return f"{self._store_id}{place:016x}"
-
-    def _place(self, message: Message) -> int:
-        return int(message.id[-16:], 16)
-
-    def _held(self, claim: Claim, messages: Collection[Message] | None, now: int) -> dict[str, Any]:
-        places = list(map(self._place, claim.messages if messages is None else messages))
-        return {"places": json.dumps(places), "claim": claim.id, "now": now}
+    def _ids(self, rows: Iterable[tuple[Any, ...]]) -> frozenset[str]:
+        return frozenset(f"{self._prefix}-{number}" for (number,) in rows)
 
     def _now(self) -> int:
         return int(self._clock() * 1000)
 
-    @contextmanager
-    def _reading(self) -> Iterator[int]:
-        """Alone on the connection; gives the time in milliseconds."""
-        with self._lock, store_errors(self._path):
-            yield self._now()
-
-    @contextmanager
-    def _writing(self, *, synced: bool = True, wakes: bool = False) -> Iterator[_Write]:
-        """Alone on the file, in a transaction.
-
-        synced: durable when the block has ended. Others may see it before, and what they make of it is durable only
-        with it. wakes: there may be something to claim or browse afterwards.
-        """
-        with store_errors(self._path), self._lock:
-            if self._failed_sync:  # a system tells of it once; the next sync would succeed whatever was lost
-                raise StoreError(self._failed_sync)
-            try:
-                with transaction(self._connection):
-                    self._log.lengthen()
-                    write = _Write(self._now(), synced)
-                    yield write
-            except BaseException:
-                self._numbers.clear()  # a queue that was new is none again, and its number another's
-                raise
-            if not wakes and not write.synced:
-                return
-            self._in_use += 1
-        try:
-            if wakes:
-                self._wake_others()
-            if write.synced:
-                self._log.sync()
-                self._synced_to = max(self._synced_to, write.newest)
-        except SyncFailed as error:
-            self._failed_sync = str(error)
-            raise
-        finally:
-            self._use(-1)
-
-    def _wake_others(self) -> None:
-        """Wake waiting processes by opening the log: an event after the commit, where its writes are events before it.
-
-        A changed time stamp would do too, but makes the next sync a third longer. SQLite never locks the log itself, so
-        closing it drops no lock.
-        """
-        with suppress(OSError):
-            os.close(os.open(self._log.name, os.O_RDONLY))
-
-    @contextmanager
-    def _waiting(self, wait: float) -> Iterator[Callable[[str], bool]]:
-        """Give a function that sleeps until a look is worthwhile, and answers False once the wait is over.
-
-        Watching starts before the caller's next look, so nothing posted in between is missed.
-        """
-        deadline = time.monotonic() + wait
-        with ExitStack() as stack:
-            self._use(+1)
-            stack.callback(self._use, -1)
-            watch = self._take_watch()
-            if watch is not None:
-                stack.callback(self._watches.append, watch)
-            yield lambda queue: self._sleep(queue, deadline, watch)
-
-    def _take_watch(self) -> Any:
-        """A watch on the file, None where the system has none; kept for the next wait, as closing one takes long."""
-        if self._watches:
-            watch = self._watches.pop()
-            watch.read(timeout=0)
-            return watch
-        with suppress(OSError), ExitStack() as stack:  # the user's inotify instances or watches are used up
-            if INotify is not None:
-                watch = stack.enter_context(INotify(nonblocking=True))
-                watch.add_watch(self._log.name, flags.OPEN)
-                stack.pop_all()
-                return watch
-        return None
-
-    def _use(self, change: int) -> None:
-        """Count what close() has to wait for: waits and syncs, which do not hold the lock."""
-        with self._lock:
-            self._in_use += change
-            if not self._in_use:
-                self._unused.notify_all()
-
-    def _sleep(self, queue: str, deadline: float, watch: Any) -> bool:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return False
-        with self._reading() as now:
-            due = self._connection.execute(
-                "SELECT min(held_until) FROM messages WHERE queue = ? AND held_until > ?", (self._known(queue), now)
-            ).get
-        longest = min(left, RECHECK_BLIND_S if watch is None else RECHECK_S)
-        if due is not None:
-            longest = min(longest, max(0, due - now) / 1000 + 0.001)
-        poll = select.poll()
-        for source in (self._stop_reader, watch):
-            if source is not None:
-                poll.register(source, select.POLLIN)
-        ready = [descriptor for descriptor, _ in poll.poll(longest * 1000)]
-        if watch is not None:
-            watch.read(timeout=0)
-        return self._stop_reader.fileno() not in ready
-
-
-@cache
-def _inserting(rows: int) -> str:
-    values = ", ".join(["(?1, ?, ?, ?, ?)"] * rows)
-    return f"INSERT INTO messages (posted, queue, expires, body, checksum) VALUES {values}"
-
-
-@cache
-def _claiming(rows: int) -> str:
-    places = ", ".join("?" * rows)
-    return f"UPDATE messages SET claim = ?, held_until = ?, receives = receives + 1 WHERE place IN ({places})"
-
-
-@cache
-def _deleting(rows: int) -> str:
-    places = ", ".join("?" * rows)
-    return f"DELETE FROM messages WHERE place IN ({places}) AND claim = ? AND held_until > ?"
-
-
-def _body(stored: Any, checksum: Any) -> JSON:
-    """The body as it was posted; text, which is no request, where it has changed since: SQLite's pages tell nothing."""
-    if isinstance(stored, bytes) and (checksum == zlib.crc32(stored) or checksum is None):
-        return decode(stored.decode("utf-8", "surrogateescape"))
-    text = stored.decode("utf-8", "surrogateescape") if isinstance(stored, bytes) else str(stored)
-    return f"damaged in the queue file: {text}"
+    @staticmethod
+    def _insert(file: apsw.Connection, now: int, rows: Sequence[tuple[str, str, int | None]]) -> None:
+        values = [(queue, text.encode(), now, ttl and now + ttl * 1000) for queue, text, ttl in rows]
+        file.executemany("INSERT INTO messages (queue, body, posted, expires) VALUES (?, ?, ?, ?)", values)

@@ -1,436 +1,290 @@
 """Amazon SQS through boto3.
 
-SQS knows no claims: each message is held for itself, by a receipt handle, and a claim here is what one receive
-brought. Nor does it tell of a loss: it answers a visibility change by an expired handle with success and does nothing
-(seen on AWS: localstack/localstack#9632), and a late delete "succeeds, but the message might not be deleted". So a
-claim carries its own deadlines, from before the receive was asked for; what has passed them is lost. Numbers and
-quotations without a source are from the SQS API reference and developer guide ("Amazon SQS message quotas").
+SQS knows no claims: each message is hidden for itself, by a receipt handle, and a claim here is what one receive
+brought. Nor does it tell of a loss: a delete by an old handle "succeeds, but the message might not be deleted", and a
+released message's handle still works. So our own clock, and what has left the claim, decide what is ours. Numbers and
+quotations without a source are from the SQS API reference and developer guide.
 """
 
-import hashlib
 import math
-import random
 import re
-import threading
 import time
 import uuid
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
-from typing import Any, Self
-from urllib.parse import parse_qsl, urlencode
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, Self, TypeVar
 
-from .base import (
-    JSON,
-    Claim,
-    Limits,
-    Message,
-    Outgoing,
-    Page,
-    Queues,
-    Range,
-    Settled,
-    Settlement,
-    Stats,
-    ahead_of,
-    decode,
-)
-from .errors import (
-    AnswerLost,
-    ClaimLost,
-    ConfigError,
-    CredentialsError,
-    MessageRefused,
-    PostIncomplete,
-    QueueError,
-    QueueNotFound,
-    QueuesError,
-    QueueUnavailable,
-)
-from .sqs_client import SDK_ERRORS, WRITE, connect, entry_problem, problem, source, understanding
+import boto3
+from botocore import exceptions as sdk
+from botocore.config import Config
+from botocore.parsers import ResponseParserError
 
-LONGEST_RETENTION_S, USUAL_RETENTION_S = 1_209_600, 345_600
-LONGEST_HOLD_S = 43_200
-"""Since the receive, renewals and delays included; SQS refuses what would go beyond, and shortens nothing."""
-MOST = 10
-"""Messages in one request."""
+from . import errors
+from .base import JSON, Claim, Limits, Message, Settlement, Stats, check_queue, decode, expiry
+from .errors import AnswerLost, ConfigError, CredentialsError, MessageRefused, QueuesError, QueueUnavailable
+from .remote import RemoteQueues, Stored, is_here, raise_obstacle, split_url, with_options
 
-LIMITS = Limits(
-    service="Amazon SQS",
-    claim_ttl=Range(1, LONGEST_HOLD_S),
-    grace=None,
-    message_ttl=None,
-    keeps_for_ever=False,
-    claim_limit=MOST,
-    post_batch=MOST,
-    # 1 MiB for a message and for the sum of a batch; 262,144 bytes before August 2025.
-    message_bytes=1_048_576,
-    can_browse=False,
-    counts_receives=True,
-    fenced_delete=False,
-    atomic_settle=False,
-    releases_one_message=True,
-    release_delay=LONGEST_HOLD_S,
-    settle_linger=0.1,
-    stats_settle=60,
-)
-
-POLL_S = 2
-"""Longest single long poll (SQS takes 20 s), so that stop_waiting() ends a wait within so long and a round trip."""
-RETRY_PAUSE_S = (0.05, 0.5)
-
-Entry = dict[str, Any]
-"""What a batch asks for one message, or what SQS answers to that."""
+T = TypeVar("T")
+Entry = dict[str, Any]  # what a batch asks for one message, or a part of what SQS answers
 Results = tuple[dict[str, Entry], dict[str, QueuesError]]
-"""Of a batch, by entry id: SQS's answers, and the errors of the other entries."""
+"""SQS's answers by entry id, and the errors of the other entries: MessageRefused for what it never does."""
+LONGEST_RETENTION_S, SHORT_RETENTION_S = 1_209_600, 345_600
+MOST_BYTES = 1_048_576  # of a message, and of the messages of a batch together (SendMessageBatch)
+LONGEST_HOLD_S = 43_200  # since the receive, renewals and delays included; SQS refuses what would go beyond
+POLL_S = 2  # longest single long poll (SQS takes 20 s): stop_waiting() ends a wait within that
+USAGE = "write sqs://REGION, with ?endpoint=URL for a local server and profile=NAME for one of your AWS profiles"
+HINTS = {
+    CredentialsError: ": set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (a local server takes any) or AWS_PROFILE, or"
+    " write ~/.aws/credentials",
+    errors.QueueNotFound: ": create it with --create",
+}
+UNSENDABLE = {0xFFFE: r"\ufffe", 0xFFFF: r"\uffff"}
+"""What SQS refuses of the characters that JSON text can hold (SendMessage), as JSON escapes it."""
+ERRORS: dict[type[QueuesError], str] = {
+    errors.QueueNotFound: "NonExistentQueue|QueueDoesNotExist|InvalidAddress",
+    CredentialsError: ".*(Credential|Login|Signature|SSO|Token).*|InvalidSecurity|OptInRequired|ProfileNotFound"
+    "|RefreshWithMFAUnsupportedError|RequestExpired|UnrecognizedClient|RuntimeError|401",
+    errors.QueueForbidden: "AccessDenied|NotAuthorized|Kms(?!Throttled).*|403",
+    QueueUnavailable: "ConnectionError|MetadataRetrievalError|Internal(Error|Failure)|.*Thrott.*|OverLimit"
+    "|PurgeQueueInProgress|QueueDeletedRecently|Request(Aborted|Timeout)|ServiceUnavailable|429|5..",
+    AnswerLost: "ChecksumError|HTTPClientError|IncompleteReadError|ResponseParserError|KeyError|TypeError|ValueError",
+    MessageRefused: "BatchRequestTooLong|InvalidMessageContents|InvalidParameterValue|RequestEntityTooLarge",
+    ConfigError: "BotoCoreError",
+}
+"""By the class that boto3 raises (ConnectionError: nothing was sent; RuntimeError: fresh credentials that are expired),
+or the nearest base of it that is named here; else by the last part of SQS's code; else by HTTP status."""
+BOTO3_ERRORS = (sdk.BotoCoreError, sdk.ClientError, ResponseParserError, RuntimeError)
+NO_ANSWER = (KeyError, TypeError, ValueError)
 
 
-@dataclass(frozen=True, slots=True)
-class SqsClaim(Claim):
-    """A claim, and what SQS does not remember of it.
+class SqsQueues(RemoteQueues):
+    """The queues of a region, or of the server at `endpoint`. ready_after_s: when a new queue takes messages."""
 
-    asked_at: monotonic time before the receive. until: by message id, the monotonic time up to which it is surely ours.
-    """
+    limits = Limits(
+        service="Amazon SQS",
+        claim_limit=10,
+        post_limit=10,
+        message_bytes=MOST_BYTES,
+        has_grace=False,
+        has_message_ttl=False,
+        can_browse=False,
+        release_delay=LONGEST_HOLD_S,
+        approximate_s=60,
+        utf8=True,
+    )
+    request_room = MOST_BYTES
 
-    asked_at: float
-    until: dict[str, float] = field(compare=False)
-    deleted: set[str] = field(default_factory=set, compare=False)
-
-    def holds(self, message: Message) -> bool:
-        return message.id not in self.deleted and time.monotonic() < self.until.get(message.id, -math.inf)
-
-
-class SqsQueues(Queues):
-    """The queues of a region, or of the local server at `endpoint`; boto3 looks for credentials as it always does.
-
-    profile: name of an AWS profile, None for the usual one.
-    """
-
-    limits = LIMITS
-    ready_after_s = 1.0
-    """A new queue can be used after so long (CreateQueue)."""
-
-    def __init__(self, region: str, *, endpoint: str | None = None, profile: str | None = None) -> None:
+    def __init__(
+        self, region: str, *, endpoint: str | None = None, profile: str | None = None, ready_after_s: float = 1
+    ) -> None:
+        super().__init__()
         given = {name: value for name, value in (("endpoint", endpoint), ("profile", profile)) if value}
-        self.address = f"sqs://{region}" + (f"?{urlencode(given, safe=':/[]')}" if given else "")
-        self._connect = partial(connect, self.address, region, endpoint, profile)
-        self.requests = Counter()
-        self._source = partial(source, profile)
-        self._stopped = threading.Event()
+        self.address = with_options(f"sqs://{region}", given)
+        self._region, self._endpoint, self._profile, self._ready_after_s = region, endpoint, profile, ready_after_s
         self._url = cache(self._look_up)
-        self._retention = cache(lambda queue: self._numbers(queue, "MessageRetentionPeriod")[0])
-        self._client = self._connect()
-
-    @property
-    def credentials(self) -> str:
-        return f"those that boto3 finds ({self._source()})"
+        if endpoint:
+            is_here(endpoint)
+        try:
+            self._client: Any = self._connect()
+        except ValueError:
+            raise ConfigError(f"boto3 cannot use the endpoint that environment or profile name: {USAGE}") from None
+        except BOTO3_ERRORS as error:
+            problem = _translated(error, f"connect to {self.address}")
+            raise problem from problem.__cause__
 
     @classmethod
     def from_url(cls, url: str) -> Self:
         """Open sqs://REGION?endpoint=URL&profile=NAME; raises ConfigError or CredentialsError with what to write."""
-        found = re.fullmatch(r"sqs://([a-z0-9-]+)/?(?:\?([^#]*))?", url)
-        pairs = parse_qsl(found[2] or "", keep_blank_values=True) if found else []
-        options = dict(pairs)
-        unknown = options.keys() - {"endpoint", "profile"}
-        if not found or len(options) < len(pairs) or unknown or "" in options.values():
-            # No more is repeated than what looks like a name: who gets it wrong may have written a key into it.
-            named = ", ".join(name for name in sorted(unknown) if re.fullmatch("[a-z_]{1,20}", name) and options[name])
-            what = f"sqs:// takes no such option: {named}" if named else "this is no URL of Amazon SQS"
-            raise ConfigError(f"{what}: {WRITE}")
-        return cls(found[1], **options)
+        region, options = split_url(url, "[a-z0-9-]+", ("endpoint", "profile"), USAGE)
+        return cls(region, endpoint=options.get("endpoint"), profile=options.get("profile"))
 
     def create(self, queue: str) -> None:
-        """Make the queue if it is missing, with the longest retention (14 days): messages have no TTL of their own."""
+        """A new queue keeps messages for the longest time, 14 days: they have no TTL of their own."""
         if not self.exists(queue):
             # The same values for every queue, so that two who create one at the same moment agree.
-            values = {"MessageRetentionPeriod": LONGEST_RETENTION_S, "MaximumMessageSize": self.limits.message_bytes}
-            self._call("create_queue", queue, QueueName=queue, Attributes={name: str(n) for name, n in values.items()})
-            self._stopped.wait(self.ready_after_s)
+            attributes = {"MessageRetentionPeriod": str(LONGEST_RETENTION_S), "MaximumMessageSize": str(MOST_BYTES)}
+            self._ask("create_queue", queue, dict, QueueName=queue, Attributes=attributes)
+            self._stopped.wait(self._ready_after_s)  # CreateQueue: "you must wait at least one second"
 
     def exists(self, queue: str) -> bool:
-        self.limits.check_queue(queue)
         try:
             return bool(self._look_up(queue))
-        except QueueNotFound:
+        except errors.QueueNotFound:
             return False
-
-    def post(self, queue: str, bodies: Sequence[JSON], *, ttl: int | None = None) -> list[str]:
-        self._check_post(queue, ttl)
-        texts = enumerate([self.limits.encode(body) for body in bodies])
-        entries = {str(index): {"MessageBody": text} for index, text in texts}
-        stored, failed = self._batch("send_message_batch", queue, entries, MessageRefused)
-        accepted = {int(index): str(entry["MessageId"]) for index, entry in stored.items()}
-        if not failed:
-            return [accepted[index] for index in range(len(bodies))]
-        unknown = [int(index) for index, error in failed.items() if isinstance(error, AnswerLost)]
-        refused = {int(index): str(error) for index, error in failed.items() if not isinstance(error, AnswerLost)}
-        error = min(failed.values(), key=lambda error: not isinstance(error, MessageRefused))
-        if not accepted and not unknown:
-            raise error
-        text = f"{len(accepted)} of {len(bodies)} bodies were accepted: {error}"
-        raise PostIncomplete(text, accepted=accepted, refused=refused, unknown=unknown) from error
 
     def claim(self, queue: str, *, ttl: int, grace: int, limit: int, wait: float = 0) -> Claim | None:
         """wait: rounded up to whole seconds; with 0 SQS asks only some of its servers and may overlook messages."""
-        self.limits.check_queue(queue)
-        self.limits.check_claim(ttl=ttl, grace=grace, limit=limit)
         give_up_at = time.monotonic() + wait
+        names = ["ApproximateReceiveCount", "SentTimestamp"]
+        values = {"MaxNumberOfMessages": limit, "VisibilityTimeout": ttl, "MessageSystemAttributeNames": names}
         while True:
             asked_at = time.monotonic()
             left = 0.0 if self._stopped.is_set() else give_up_at - asked_at
             seconds = max(0, min(POLL_S, math.ceil(left)))
-            if messages := self._receive(queue, ttl, limit, seconds):
-                until = {message.id: asked_at + ttl for message in messages}
-                return SqsClaim(uuid.uuid4().hex, queue, messages, grace, asked_at, until)
+            if messages := self._ask("receive_message", queue, _messages, **values, WaitTimeSeconds=seconds):
+                return Claim(uuid.uuid4().hex, queue, ttl, grace, messages, expiry(asked_at, ttl))
             # A server that does not wait is not asked again and again.
             self._stopped.wait(max(0.0, asked_at + min(seconds, left) - time.monotonic()))
             if self._stopped.is_set() or time.monotonic() >= give_up_at:
                 return None
 
-    def renew(self, claim: Claim, *, ttl: int, messages: Collection[Message] | None = None) -> None:
-        """A message that would be held for more than 12 h since its receive counts as lost."""
-        self.limits.check_claim(ttl=ttl, grace=claim.grace, limit=1)
-        held, wanted = self._open(claim, messages)
-        lost = {message.id for message in wanted} - self._hide(held, wanted, ttl, time.monotonic() + ttl)
-        if lost:
-            raise ClaimLost(f"claim {claim.id} on {claim.queue} lost {len(lost)} messages", ids=frozenset(lost))
+    def renew(self, claim: Claim) -> None:
+        """What SQS does not renew, 12 hours after its receive for example, leaves the claim."""
+        asked_at = time.monotonic()
+        renewed, failed = self._hide(claim, claim.ttl)
+        claim.drop([id_ for id_, error in failed.items() if isinstance(error, MessageRefused)])
+        raise_obstacle(failed.values())
+        if not renewed:
+            claim.lost = True
+            raise errors.ClaimLost(f"claim {claim.id} on {claim.queue} expired, or SQS renews none of its messages")
+        claim.renewed(asked_at)
 
-    def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
-        """When it is repeated after an error, what was posted or deleted before stays so and is not asked for again."""
-        for post in [post for each in settlements for post in each.posts]:
-            self._check_post(post.queue, post.ttl)
-        held, _ = self._open(claim, ())
-        # Looked up before the posts: a renewal that ends meanwhile must not let delete what was not posted for.
-        ours = [each for each in settlements if held.holds(each.message)]
-        failed = self._store(held, ours)
-        stored = [each.message for each in ours if each.message.id not in failed and held.holds(each.message)]
-        handles = {message.id: {"ReceiptHandle": message.handle} for message in stored}
-        deleted, undeleted = self._batch("delete_message_batch", held.queue, handles, ClaimLost)
-        held.deleted.update(deleted)
-        _raise_other(failed | undeleted, MessageRefused, ClaimLost)
-        refused = {id_: error for id_, error in failed.items() if isinstance(error, MessageRefused)}
-        ids = frozenset(each.message.id for each in settlements)
-        return Settled(deleted=ids & held.deleted, lost=ids - held.deleted - refused.keys(), refused=refused)
+    def release(self, claim: Claim, *, delay: float = 0) -> None:
+        """What SQS refuses to release, beyond 12 hours after its receive for example, is free when the claim ends."""
+        released, failed = self._hide(claim, min(math.ceil(delay), LONGEST_HOLD_S))
+        claim.drop(released)  # they may be another's when this is tried again
+        raise_obstacle(failed.values())
+        claim.lost = True
 
-    def release(self, claim: Claim, messages: Collection[Message] | None = None, *, delay: float = 0) -> None:
-        """A delay ends 12 h after the receive at the latest."""
-        self.limits.check_release(delay=delay)
-        held, wanted = self._open(claim, messages)
-        # A second less than SQS allows, for the request's own time.
-        longest = LONGEST_HOLD_S - 1 - math.ceil(time.monotonic() - held.asked_at)
-        self._hide(held, wanted, max(0, min(math.ceil(delay), longest)), -math.inf)
-
-    def browse(self, queue: str, *, after: str = "", limit: int = 20, claimed: bool = False, wait: float = 0) -> Page:
+    def browse(self, queue: str, *, after: str = "", limit: int = 20, wait: float = 0) -> tuple[list[Message], str]:
         raise ConfigError("Amazon SQS cannot show messages without claiming them")
-
-    def end_marker(self, queue: str) -> str:
-        raise ConfigError("Amazon SQS cannot show messages without claiming them, so it has no markers")
 
     def delete(self, queue: str, ids: Sequence[str]) -> None:
         raise ConfigError("Amazon SQS deletes claimed messages only, never by id")
 
     def purge(self, queue: str) -> None:
-        """Remove all messages, claimed ones too; it takes up to 60 s, and what is posted meanwhile may go as well."""
-        self._ask("purge_queue", queue)
+        """It takes up to 60 s, and what is posted meanwhile may go as well."""
+        self._ask("purge_queue", queue, dict)
 
     def stats(self, queue: str) -> Stats:
         """The numbers are approximate; what was released with a delay counts as claimed."""
-        kinds = ("", "NotVisible", "Delayed")
-        free, claimed, delayed = self._numbers(queue, *(f"ApproximateNumberOfMessages{kind}" for kind in kinds))
-        return Stats(free, claimed, delayed, None)
+        names = [f"ApproximateNumberOfMessages{kind}" for kind in ("", "NotVisible", "Delayed")]
+
+        def read(answer: Entry) -> Stats:
+            return Stats(*(int(answer["Attributes"][name]) for name in names))
+
+        return self._ask("get_queue_attributes", queue, read, AttributeNames=names)
 
     def inspect(self, queue: str) -> list[str]:
-        found = self._ask("get_queue_attributes", queue, AttributeNames=["RedrivePolicy"])
-        policy = found.get("Attributes", {}).get("RedrivePolicy")
-        names = ("MessageRetentionPeriod", "DelaySeconds", "MaximumMessageSize")
-        retention, delay, largest = self._numbers(queue, *names)
-        warnings = {
-            f"has a redrive policy ({policy}): SQS itself moves away what is received so often, in an outage of the"
-            " maker too; remove the policy": policy,
-            f"keeps messages for {retention:,} s, claimed or not: raise its MessageRetentionPeriod (up to"
-            f" {LONGEST_RETENTION_S:,})": retention < USUAL_RETENTION_S,
-            f"hides each new message for {delay} s: set its DelaySeconds to 0": delay > 0,
-            f"takes bodies up to {largest:,} bytes: raise its MaximumMessageSize": largest < self.limits.message_bytes,
-        }
-        return [f"queue {queue} {text}" for text, holds in warnings.items() if holds]
-
-    def clock_ahead(self, queue: str) -> float | None:
-        found = self._ask("get_queue_attributes", queue, AttributeNames=["QueueArn"])
-        return ahead_of(found.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date"))
-
-    def stop_waiting(self) -> None:
-        self._stopped.set()
+        names = ["RedrivePolicy", "MessageRetentionPeriod"]
+        attributes = self._ask("get_queue_attributes", queue, lambda it: dict(it["Attributes"]), AttributeNames=names)
+        policy, retention = attributes.get("RedrivePolicy"), int(attributes["MessageRetentionPeriod"])
+        moves = f"queue {queue} has a redrive policy ({policy}): SQS moves messages away, in outages of the maker too"
+        loses = f"queue {queue} keeps messages for {retention:,} s, claimed or not: raise its MessageRetentionPeriod"
+        return [moves] * bool(policy) + [loses] * (retention < SHORT_RETENTION_S)
 
     def close(self) -> None:
         self.stop_waiting()
-        self._client.close()
+        if self._client is not None:
+            self._client.close()
 
-    def _receive(self, queue: str, ttl: int, limit: int, wait: int) -> tuple[Message, ...]:
-        retention = self._retention(queue)  # first: if this fails, nothing was received and hidden
-        answer = self._ask(
-            "receive_message",
-            queue,
-            MaxNumberOfMessages=limit,
-            VisibilityTimeout=ttl,
-            WaitTimeSeconds=wait,
-            MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp"],
-        )
-        with understanding(f"{queue} at {self.address}"):
-            # By id: SQS may deliver a message twice, even at once, and the newest handle is the one to use.
-            found = {entry["MessageId"]: _message(entry, retention) for entry in answer.get("Messages", ())}
-        return tuple(found.values())
-
-    def _open(self, claim: Claim, messages: Collection[Message] | None) -> tuple[SqsClaim, list[Message]]:
-        """The claim as ours, and the messages (default: all of it) that it has not deleted yet."""
-        if not isinstance(claim, SqsClaim):
-            raise ConfigError(f"claim {claim.id} is none of {self.address}")
-        wanted = claim.messages if messages is None else messages
-        return claim, [message for message in wanted if message.id not in claim.deleted]
-
-    def _hide(self, held: SqsClaim, messages: Iterable[Message], seconds: int, until: float) -> set[str]:
-        """Hide those that are still ours for so long; those hidden count as ours until then. Gives their ids."""
-        entries = {m.id: {"ReceiptHandle": m.handle, "VisibilityTimeout": seconds} for m in messages if held.holds(m)}
-        hidden, failed = self._batch("change_message_visibility_batch", held.queue, entries, ClaimLost)
-        held.until.update(dict.fromkeys(hidden, until))
-        _raise_other(failed, ClaimLost)
-        return set(hidden)
-
-    def _store(self, held: SqsClaim, settlements: Iterable[Settlement]) -> dict[str, QueuesError]:
-        """Post what is not posted yet; gives the errors by message id."""
-        failed: dict[str, QueuesError] = {}
-        outcomes: list[Outgoing] = []
-        for each in settlements:
-            posts = [(place, post.queue, post.body) for place, post in enumerate(each.posts)]
-            try:
-                outcomes += [Outgoing(each.message.id, n, name, self.limits.encode(body)) for n, name, body in posts]
-            except MessageRefused as error:
-                failed[each.message.id] = error
-        for queue in dict.fromkeys(outcome.queue for outcome in outcomes):
-            wanted = [each for each in outcomes if each.queue == queue and each not in held.posted]
-            wanted = [each for each in wanted if each.message_id not in failed]
-            entries = {str(number): {"MessageBody": outcome.text} for number, outcome in enumerate(wanted)}
-            stored, errors = self._batch("send_message_batch", queue, entries, MessageRefused)
-            held.posted.update(wanted[int(number)] for number in stored)
-            failed |= {wanted[int(number)].message_id: error for number, error in errors.items()}
-        return failed
-
-    def _batch(
-        self, operation: str, queue: str, entries: Mapping[str, Entry], refusal: type[QueueError], most: int = MOST
-    ) -> Results:
-        """Ask in as few requests as SQS lets us, each for up to `most` entries.
-
-        refusal: what an entry's own failure means. Any other failure ends it: later entries are not asked for.
-        """
-        done: dict[str, Entry] = {}
-        failed: dict[str, QueuesError] = {}
-        for batch in _split(entries, most):
-            obstacle = next((error for error in failed.values() if not isinstance(error, refusal)), None)
-            if obstacle:
-                failed |= dict.fromkeys(batch, QueueUnavailable(f"not asked for, since {obstacle}"))
-            else:
-                answers, errors = self._request(operation, queue, batch, refusal)
-                done |= answers
-                failed |= errors
-        return done, failed
-
-    def _request(
-        self, operation: str, queue: str, batch: Mapping[str, Entry], refusal: type[QueueError], *, again: bool = True
-    ) -> Results:
-        """One request; entries that fail for a reason that may pass are asked for once more."""
-        try:
-            answer = self._ask(operation, queue, Entries=[{"Id": id_, **entry} for id_, entry in batch.items()])
-        except MessageRefused as error:
-            if len(batch) == 1:
-                return {}, dict.fromkeys(batch, refusal(str(error)))
-            # One entry spoils the request, so each is asked for alone.
-            return self._batch(operation, queue, batch, refusal, most=1)
-        except QueuesError as error:
-            return {}, dict.fromkeys(batch, error)
-        what = f"{operation} {queue} at {self.address}"
-        done = {entry["Id"]: entry for entry in answer.get("Successful", ())}
-        failed: dict[str, QueuesError] = dict.fromkeys(batch, AnswerLost(f"{what}: SQS said nothing of some entries"))
-        failed |= {e["Id"]: entry_problem(e, operation, what, refusal) for e in answer.get("Failed", ())}
-        left = {id_: entry for id_, entry in batch.items() if type(failed[id_]) is QueueUnavailable}
-        if left and again:
-            self._pause()
-            answers, errors = self._request(operation, queue, left, refusal, again=False)
-            done |= answers
-            failed |= errors
-        return done, {id_: error for id_, error in failed.items() if id_ not in done}
-
-    def _numbers(self, queue: str, *attributes: str) -> list[int]:
-        answer = self._ask("get_queue_attributes", queue, AttributeNames=attributes)
-        with understanding(f"{queue} at {self.address}"):
-            return [int(answer["Attributes"][name]) for name in attributes]
-
-    def _look_up(self, queue: str) -> str:
-        answer = self._call("get_queue_url", queue, QueueName=queue)
-        with understanding(f"{queue} at {self.address}"):
-            return str(answer["QueueUrl"])
-
-    def _ask(self, operation: str, queue: str, **values: Any) -> Entry:
-        self.limits.check_queue(queue)
-        return self._call(operation, queue, QueueUrl=self._url(queue), **values)
-
-    def _call(self, operation: str, queue: str, **values: Any) -> Entry:
-        """SQS's answer. What may pass is asked once more, refused credentials with those that are there now."""
-        before: QueuesError | None = None
-        while True:
-            self.requests[operation] += 1
-            try:
-                return dict(getattr(self._client, operation)(**values))
-            except SDK_ERRORS as error:
-                found = problem(error, f"{operation} {queue} at {self.address}")
-            if isinstance(before, AnswerLost):
-                raise AnswerLost(str(found)) from found
-            if before is None and isinstance(found, CredentialsError):
-                self._client.close()
-                self._client = self._connect()
-            elif before is None and isinstance(found, QueueUnavailable) and not found.retry_after_s:
-                self._pause()
-            else:
-                raise found
-            before = found
-
-    def _pause(self) -> None:
-        self._stopped.wait(random.uniform(*RETRY_PAUSE_S))  # noqa: S311 - it only spreads retries
-
-    def _check_post(self, queue: str, ttl: int | None) -> None:
-        self.limits.check_queue(queue)
+    def _document(self, body: JSON, ttl: int | None) -> str:
         if ttl is not None:
             raise ConfigError("Amazon SQS has one message TTL for the whole queue: post without one")
+        return self.limits.encode(body).translate(UNSENDABLE)
+
+    def _send_batch(self, queue: str, documents: Sequence[str]) -> list[Stored]:
+        entries = {str(index): {"MessageBody": document} for index, document in enumerate(documents)}
+        stored, failed = self._batch("send_message_batch", queue, entries)
+        return [failed.get(index) or str(stored[index]["MessageId"]) for index in entries]
+
+    def _delete_settled(self, claim: Claim, settlements: Sequence[Settlement]) -> list[str]:
+        ours = [each.message for each in settlements if claim.holds(0)]  # it may have ended while outcomes were posted
+        handles = {message.id: {"ReceiptHandle": message.handle} for message in ours}
+        deleted, failed = self._batch("delete_message_batch", claim.queue, handles)
+        raise_obstacle(failed.values())
+        return list(deleted)
+
+    def _hide(self, claim: Claim, seconds: int) -> Results:
+        """Hide all that the claim holds for so long from now."""
+        held = claim.messages if claim.holds(0) else ()
+        entries = {each.id: {"ReceiptHandle": each.handle, "VisibilityTimeout": seconds} for each in held}
+        try:
+            return self._batch("change_message_visibility_batch", claim.queue, entries)
+        except MessageRefused as error:  # moto refuses all for one
+            return {}, dict.fromkeys(entries, error)
+
+    def _batch(self, operation: str, queue: str, entries: Mapping[str, Entry]) -> Results:
+        if not entries:
+            return {}, {}
+        what = f"{operation} {queue} at {self.address}"
+
+        def read(answer: Entry) -> Results:
+            done = {each["Id"]: each for each in answer.get("Successful", ())}
+            failed = {each["Id"]: _entry_error(each, operation, what) for each in answer.get("Failed", ())}
+            silent = AnswerLost(f"{what}: SQS said nothing of some entries")
+            return done, {id_: failed.get(id_, silent) for id_ in entries if id_ not in done}
+
+        return self._ask(operation, queue, read, Entries=[{"Id": id_} | entry for id_, entry in entries.items()])
+
+    def _look_up(self, queue: str) -> str:
+        return self._ask("get_queue_url", queue, lambda answer: str(answer["QueueUrl"]), QueueName=queue)
+
+    def _ask(self, operation: str, queue: str, read: Callable[[Entry], T], **values: Any) -> T:
+        """What `read` makes of SQS's answer."""
+        check_queue(queue)
+        if "QueueName" not in values:
+            values["QueueUrl"] = self._url(queue)
+        try:
+            client = self._client = self._client or self._connect()
+            found = read(getattr(client, operation)(**values))
+        except (*BOTO3_ERRORS, *NO_ANSWER) as error:
+            problem = _translated(error, f"{operation} {queue} at {self.address}")
+            if isinstance(problem, CredentialsError) and self._has_worked:
+                self._client, problem = None, QueueUnavailable(str(problem))  # the next try reads credentials again
+            raise problem from problem.__cause__
+        self._has_worked = True
+        return found
+
+    def _connect(self) -> Any:
+        session = boto3.Session(region_name=self._region, profile_name=self._profile)
+        if (found := session.get_credentials()) is None:
+            raise sdk.NoCredentialsError
+        self.credentials = f"those that boto3 finds ({found.method})"
+        limits = {"connect_timeout": 5, "read_timeout": 15, "max_pool_connections": 64}
+        config = Config(**limits, retries={"mode": "standard", "total_max_attempts": 2})
+        client = session.client("sqs", endpoint_url=self._endpoint, config=config)
+        if is_here(client.meta.endpoint_url):  # which the environment or the profile can name too
+            client.close()
+            client = session.client("sqs", endpoint_url=self._endpoint, config=config.merge(Config(proxies={})))
+        client.meta.events.register("response-received.sqs.SendMessageBatch", _send_once)
+        return client
 
 
-def _split(entries: Mapping[str, Entry], most: int) -> list[dict[str, Entry]]:
-    """Batches of up to `most` entries, in order, as large as a request of SQS may be."""
-    batches: list[dict[str, Entry]] = []
-    room = 0
-    for id_, entry in entries.items():
-        size = len(entry.get("MessageBody", ""))  # ASCII: as many bytes
-        if not batches or size > room or len(batches[-1]) == most:
-            batches.append({})
-            room = LIMITS.message_bytes
-        batches[-1][id_] = entry
-        room -= size
-    return batches
+def _send_once(exception: Exception | None, **_: Any) -> None:
+    """Keep boto3 from sending again what may be stored."""
+    if exception and not isinstance(exception, sdk.ConnectionError):
+        raise exception
 
 
-def _message(entry: Entry, retention: int) -> Message:
-    text, attributes = entry["Body"], entry["Attributes"]
-    if hashlib.md5(text.encode(), usedforsecurity=False).hexdigest() != entry["MD5OfBody"]:
-        raise ValueError("a body was damaged on its way")
-    return Message(
-        id=entry["MessageId"],
-        body=decode(text),
-        age=max(0.0, time.time() - int(attributes["SentTimestamp"]) / 1000),
-        ttl=retention,
-        receive_count=int(attributes["ApproximateReceiveCount"]),
-        handle=entry["ReceiptHandle"],
-    )
+def _translated(error: Exception, what: str) -> QueuesError:
+    """The contract's error. what: was asked, and of whom."""
+    response = error.response if isinstance(error, sdk.ClientError) else {}
+    about = response.get("ResponseMetadata", {})
+    code = re.split("[.#]", str(response.get("Error", {}).get("Code", "")))[-1].removesuffix("Exception")
+    names = [*(base.__name__ for base in type(error).__mro__), code, str(about.get("HTTPStatusCode"))]
+    named = [kind for name in names for kind, known in ERRORS.items() if re.fullmatch(known, name)]
+    kind = named[0] if named else errors.QueueError
+    said = str(error) if isinstance(error, BOTO3_ERRORS) else f"this is no answer of SQS: {error!r}"
+    if code.isdecimal():  # boto3 would repeat the whole page
+        said = f"HTTP {code}, not in SQS's words: look for a wrong region or endpoint, or for a proxy"
+    elif code and kind is CredentialsError:  # what AWS says about a wrong signature repeats the session token
+        said = f"AWS refuses the credentials ({code}), or this clock is wrong"
+    found = kind(f"{what}: {said}{HINTS.get(kind, '')}")
+    found.__cause__ = None if kind is CredentialsError else error
+    return found
 
 
-def _raise_other(failed: Mapping[str, QueuesError], *expected: type[QueuesError]) -> None:
-    for error in failed.values():
-        if not isinstance(error, expected):
-            raise error
+def _entry_error(entry: Entry, operation: str, what: str) -> QueuesError:
+    about = {"HTTPStatusCode": 400 if entry.get("SenderFault") else 500}
+    found = _translated(sdk.ClientError({"Error": entry, "ResponseMetadata": about}, operation), what)
+    return found if isinstance(found, QueueUnavailable | errors.QueueForbidden) else MessageRefused(str(found))
+
+
+def _messages(answer: Entry) -> tuple[Message, ...]:
+    found = {}  # by id: SQS may deliver a message twice, even at once, and the newest handle is the one to use
+    for entry in answer.get("Messages", ()):
+        id_, about = entry["MessageId"], entry["Attributes"]
+        age, count = time.time() - int(about["SentTimestamp"]) / 1000, int(about["ApproximateReceiveCount"])
+        found[id_] = Message(id_, decode(entry["Body"]), max(0.0, age), count, entry["ReceiptHandle"])
+    return tuple(found.values())

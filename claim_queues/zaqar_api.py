@@ -1,498 +1,272 @@
-"""What API v1 and v2 of OpenStack Zaqar share, Rackspace Cloud Queues being the former: requests, bodies, markers.
+"""What API v1 and v2 of OpenStack Zaqar share, Rackspace Cloud Queues being the former.
 
-A service's module adds its SDK and what its API does otherwise. A claim on a missing queue, and a list of it, look
-empty to both APIs: exists() tells. What looks odd below follows from what Zaqar 18.0.0 and 23.0.1 were seen to do.
+What looks odd here follows from what Zaqar 18.0.0 and 23.0.1 were seen to do.
 """
 
-import itertools
 import json
-import logging
+import os
 import re
-import threading
 import time
 from abc import abstractmethod
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, ClassVar
-from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+from urllib.parse import parse_qs, urlsplit
 
 import requests
+from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError, MaxRetryError
 
-from .base import (
-    JSON,
-    Claim,
-    Limits,
-    Message,
-    Outgoing,
-    Page,
-    Queues,
-    Range,
-    Settled,
-    Settlement,
-    Stats,
-    ahead_of,
-    decode,
-)
-from .errors import (
-    AnswerLost,
-    ClaimLost,
-    ConfigError,
-    CredentialsError,
-    MessageRefused,
-    PostIncomplete,
-    QueueForbidden,
-    QueueNotFound,
-    QueuesError,
-    QueueUnavailable,
-)
+from . import errors
+from .base import Claim, Message, Settlement, Stats, check_queue, decode, expiry
+from .errors import AnswerLost, ConfigError, QueueUnavailable
+from .remote import RemoteQueues, is_here
 
-log = logging.getLogger(__name__)
+REQUEST_BYTES = 262_144  # of a whole POST; one byte more is HTTP 400
+LONGEST_TTL_S = 1_209_600
+PAGE = 20  # most messages of a list, and most queues of one
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0  # between looks of a wait; the longest of claims is their whole wait
+TIMEOUT_S = (5.0, 30.0)  # to connect, and between two bytes of an answer
+THREADS = 64  # so many may ask at once, each over a connection that is kept
+LONGEST_RETRY_AFTER_S = 3600.0
 
-MESSAGE_TTL = Range(60, 1_209_600)
-REQUEST_BYTES = 262_144
-"""Of a whole POST; one byte more is HTTP 400."""
-PAGE = 20
-"""Most messages of a list, and most ids of a bulk delete."""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
-"""Between looks of a wait: neither API has a long poll. Claims have the second from their caller."""
-LONGEST_REASON = 200
-
-Outcome = tuple[type[QueuesError], str]
-"""An error of ours, and advice to end its message with."""
-Refusals = Mapping[int, Outcome]
-"""What becomes of each HTTP status."""
-ErrorMap = tuple[tuple[tuple[type[Exception], ...], type[QueuesError], str], ...]
-"""What becomes of each error of an SDK; most specific first."""
-Answer = tuple[requests.Response, Any]
-"""An answer below HTTP status 300, and its content()."""
-
-
+T = TypeVar("T")
+Answer = requests.Response
+Refusals = Mapping[int, type[errors.QueuesError]]  # by HTTP status
 REFUSALS: Refusals = {
-    400: (ConfigError, "; the service has other limits, or needs a project, or the queue another name"),
-    401: (CredentialsError, "; the service does not take the token of a fresh sign-in"),
-    403: (QueueForbidden, "; ask the owner of the account or project for that right"),
-    404: (QueueNotFound, "; the queue does not exist: create it with --create"),
-    408: (QueueUnavailable, ""),
-    429: (QueueUnavailable, ""),
-    500: (AnswerLost, ""),
-    502: (AnswerLost, ""),
-    503: (QueueUnavailable, ""),
-    504: (AnswerLost, ""),
+    400: ConfigError,
+    401: errors.CredentialsError,
+    403: errors.QueueForbidden,
+    404: errors.QueueNotFound,
+    **dict.fromkeys((408, 413, 429, 503), QueueUnavailable),
 }
-REFUSED_AT_POST: Refusals = {400: (MessageRefused, "")}
-LOST_AT_RENEWAL: Refusals = {404: (ClaimLost, "; the claim lapsed or was released")}
-LOST_AT_DELETE: Refusals = {400: (ClaimLost, ""), 403: (ClaimLost, "")}
-"""400: the claim is over. 403: another holds the message."""
+REFUSED_AT_POST = {400: errors.MessageRefused}
+LOST_AT_RENEWAL, LOST_AT_DELETE = {404: errors.ClaimLost}, {400: errors.ClaimLost}
+ADVICE = {
+    errors.CredentialsError: "; the service does not accept these credentials",
+    errors.QueueForbidden: "; ask the owner of the account or project for that right",
+    errors.QueueNotFound: "; the queue does not exist: create it with --create",
+}
 
 
-def limits_of(service: str, *, post_batch: int, around_a_body: str) -> Limits:
-    """The limits of a service. around_a_body: what a request that posts one body holds besides it."""
-    return Limits(
-        service=service,
-        claim_ttl=Range(60, 43_200),
-        grace=Range(60, 43_200),
-        message_ttl=MESSAGE_TTL,
-        keeps_for_ever=False,
-        claim_limit=20,  # a 21st is HTTP 400
-        post_batch=post_batch,
-        message_bytes=REQUEST_BYTES - len(around_a_body),
-        can_browse=True,
-        counts_receives=False,
-        fenced_delete=True,
-        atomic_settle=False,
-        releases_one_message=False,
-        release_delay=0,
-        settle_linger=0.1,
-    )
+class HttpSession(requests.Session):
+    """Connections for all threads, with time limits; no password from ~/.netrc, no plain text to another machine.
 
-
-class ZaqarApi(Queues):
-    """Queues of one service. What the APIs do in their own ways stands at the end of the class.
-
-    refusals, other_refusals: what becomes of each HTTP status that an operation does not expect, and of all others.
-    wraps_messages: whether the list of messages that a post sends and a claim gives is a member of an object.
+    trust_env: use the environment's proxies, but not for this machine.
     """
 
-    refusals: ClassVar[Refusals]
-    other_refusals: ClassVar[Outcome]
-    wraps_messages: ClassVar[bool]
+    def __init__(self, *, trust_env: bool) -> None:
+        super().__init__()
+        self.trust_env = trust_env
+        self.auth = lambda request: request  # else requests looks for the host in ~/.netrc
+        for scheme in list(self.adapters):
+            self.mount(scheme, HTTPAdapter(pool_maxsize=THREADS))
 
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self.requests = Counter()
-        self._stopped = threading.Event()
-        self._next_looks: dict[str, tuple[float, float]] = {}  # by queue: when, and after which pause
+    def send(self, request: requests.PreparedRequest, **options: Any) -> Answer:
+        if is_here(str(request.url).partition("?")[0]):
+            options["proxies"] = {}
+        options["timeout"] = options.get("timeout") or TIMEOUT_S
+        if options.get("verify") is True:  # requests reads the variable only where it trusts the environment
+            options["verify"] = os.environ.get("REQUESTS_CA_BUNDLE") or True
+        try:
+            return super().send(request, **options)
+        except (requests.RequestException, HTTPError) as error:
+            # urllib3 wraps in MaxRetryError what fails before a request is sent: to find the host, to connect, TLS.
+            under = error.args[0] if error.args else None
+            if isinstance(under, MaxRetryError):
+                raise QueueUnavailable(str(under.reason or under)) from error
+            raise AnswerLost(str(error)) from error
+        except OSError as error:
+            raise ConfigError(f"{error}; see REQUESTS_CA_BUNDLE") from error
+
+
+class ZaqarApi(RemoteQueues):
+    """Queues of one service, by either API. around: what stands before and after the bodies of a post.
+
+    A claim on a missing queue, and a list of it, look empty to both APIs: exists() tells.
+    """
+
+    around: tuple[str, str]
+
+    def __init__(self, http: HttpSession, address: str, credentials: str) -> None:
+        super().__init__()
+        self.address, self.credentials = address, credentials
+        self.request_room = REQUEST_BYTES - len("".join(self.around)) + 1  # the last takes no comma
+        self._http = http
+        self._pauses: dict[str, float] = {}
+
+    @abstractmethod
+    def _send(self, method: str, path: str, **options: Any) -> Answer:
+        """Send a request, with requests' `params` and `data`; gives refusals too, but for those of a sign-in."""
 
     def create(self, queue: str) -> None:
-        self._ask("create", queue, "PUT")
-
-    def post(self, queue: str, bodies: Sequence[JSON], *, ttl: int | None = None) -> list[str]:
-        self.limits.check_queue(queue)
-        self.limits.check_message_ttl(ttl)
-        documents = [self._document(body, ttl) for body in bodies]
-        accepted: list[str] = []
-        try:
-            self._post_all(queue, documents, accepted)
-        except QueuesError as error:
-            done = len(accepted)
-            unknown = len(self._batch(documents[done:])) if isinstance(error, AnswerLost) else 0
-            if not done and not unknown:
-                raise
-            raise PostIncomplete(
-                f"{error}; {done:,} of {len(bodies):,} were accepted",
-                accepted=dict(enumerate(accepted)),
-                refused={index: str(error) for index in range(done + unknown, len(bodies))},
-                unknown=range(done, done + unknown),
-            ) from error
-        return accepted
-
-    def _document(self, body: JSON, ttl: int | None) -> str:
-        return f'{{"ttl":{ttl or MESSAGE_TTL.high},"body":{self.limits.encode(body)}}}'
-
-    def _post_all(self, queue: str, documents: Sequence[str], accepted: list[str]) -> None:
-        """Post them in order; the ids go into `accepted` as they come, so that an error leaves them there."""
-        while batch := self._batch(documents[len(accepted) :]):
-            try:
-                accepted += self._post(queue, batch)
-            except AnswerLost:  # once more: a repeat is harmless, a loss is not
-                with suppress(QueuesError):
-                    accepted += self._post(queue, batch)
-                    continue
-                raise
-
-    def _batch(self, documents: Sequence[str]) -> list[str]:
-        """As many of the first documents as one request takes."""
-        size = len(self._listed([])) - len(",")
-        batch = []
-        for document in documents[: self.limits.post_batch]:
-            size += len(",") + len(document)
-            if size > REQUEST_BYTES:
-                break
-            batch.append(document)
-        return batch
-
-    def _listed(self, documents: Sequence[str]) -> str:
-        listed = f"[{','.join(documents)}]"
-        return f'{{"messages":{listed}}}' if self.wraps_messages else listed
-
-    def _post(self, queue: str, batch: Sequence[str]) -> list[str]:
-        """The ids of those that were accepted: all, or the first few where the answer says `partial`."""
-        _, found = self._ask("post to", queue, "POST", "messages", REFUSED_AT_POST, data=self._listed(batch))
-        with self._reading("post to", queue):
-            ids = [last_part(path) for path in found["resources"]]
-            if not 0 < len(ids) <= len(batch):
-                raise ValueError
-        return ids
+        self._ask("create", queue, f"PUT /queues/{queue}", bool)
 
     def claim(self, queue: str, *, ttl: int, grace: int, limit: int, wait: float = 0) -> Claim | None:
-        """As the contract says.
+        request, terms = f"POST /queues/{queue}/claims?limit={limit}", json.dumps({"ttl": ttl, "grace": grace})
 
-        After each look in vain the pause doubles, over successive claims too; its longest is `wait`.
-        """
-        self.limits.check_claim(ttl=ttl, grace=grace, limit=limit)
-        deadline = time.monotonic() + wait
-        while True:
-            look_at, pause = self._next_looks.get(queue, (0.0, 0.0))
-            rest = min(look_at, deadline) - time.monotonic()
-            if rest > 0 and not self._stopped.is_set() and self._stopped.wait(rest):
-                return None
-            if found := self._claim(queue, ttl, grace, limit):
-                self._next_looks.pop(queue, None)
-                return found
-            now, pause = time.monotonic(), max(FIRST_PAUSE_S, min(2 * pause, wait))
-            self._next_looks[queue] = now + pause, pause
-            if self._stopped.is_set() or deadline - now < FIRST_PAUSE_S:
-                return None
+        def look() -> Claim | None:
+            asked_at = time.monotonic()
+            messages, id_ = self._ask("claim from", queue, request, _messages, data=terms)
+            return Claim(id_, queue, ttl, grace, messages, expiry(asked_at, ttl)) if messages else None
 
-    def _claim(self, queue: str, ttl: int, grace: int, limit: int) -> Claim | None:
-        terms = json.dumps({"ttl": ttl, "grace": grace})  # a limit would be ignored here
-        answer, found = self._ask("claim from", queue, "POST", "claims", params={"limit": limit}, data=terms)
-        if answer.status_code == requests.codes.no_content:
-            return None
-        with self._reading("claim from", queue):
-            id_ = last_part(answer.headers["Location"])
-            messages = _messages(found["messages"] if self.wraps_messages else found)
-        held = tuple(message._replace(ttl=self._life(message, ttl, grace)) for message in messages)
-        return Claim(id_, queue, held, grace) if held else None
+        return self._look(f"claims of {queue}", wait, wait, look)
 
-    def renew(self, claim: Claim, *, ttl: int, messages: Collection[Message] | None = None) -> None:
-        self.limits.check_claim(ttl=ttl, grace=claim.grace, limit=1)
-        terms = json.dumps({"ttl": ttl, "grace": claim.grace})  # one left out becomes the server's default
-        doing, path = f"renew claim {claim.id} on", f"claims/{_quoted(claim.id)}"
-        self._ask(doing, claim.queue, "PATCH", path, LOST_AT_RENEWAL, data=terms)
+    def renew(self, claim: Claim) -> None:
+        asked_at = time.monotonic()
+        terms = json.dumps({"ttl": claim.ttl, "grace": claim.grace})  # one left out becomes the server's default
+        request = f"PATCH /queues/{claim.queue}/claims/{claim.id}"
+        self._ask(f"renew claim {claim.id} on", claim.queue, request, bool, LOST_AT_RENEWAL, data=terms)
+        claim.renewed(asked_at)
 
-    def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
-        """When it is repeated after an error, what was posted before stays so and is not posted again."""
-        refused: dict[str, MessageRefused] = {}
-        outcomes: list[Outgoing] = []
-        for post in [post for settlement in settlements for post in settlement.posts]:
-            self.limits.check_queue(post.queue)
-            self.limits.check_message_ttl(post.ttl)
-        for id_, posts in ((settlement.message.id, settlement.posts) for settlement in settlements):
-            documents = ((post.queue, self._document(post.body, post.ttl)) for post in posts)
-            try:
-                outcomes += [Outgoing(id_, place, *document) for place, document in enumerate(documents)]
-            except MessageRefused as error:
-                refused[id_] = error
-        for queue in dict.fromkeys(outcome.queue for outcome in outcomes):
-            wanted = [each for each in outcomes if each.queue == queue and each not in claim.posted]
-            wanted = [each for each in wanted if each.message_id not in refused]
-            refused |= self._post_outcomes(queue, wanted, claim.posted)
-        kept = [settlement for settlement in settlements if settlement.message.id not in refused]
-        self._delete_unfenced(claim.queue, [each.message.id for each in kept if not each.fenced], {claim.id})
-        lost = {
-            each.message.id
-            for each in kept
-            if each.fenced and not self._delete_one(claim.queue, each.message.id, claim.id)
-        }
-        return Settled(frozenset(each.message.id for each in kept) - lost, frozenset(lost), refused)
+    def release(self, claim: Claim, *, delay: float = 0) -> None:
+        request = f"DELETE /queues/{claim.queue}/claims/{claim.id}"
+        self._ask(f"release claim {claim.id} on", claim.queue, request, bool)
 
-    def _post_outcomes(
-        self, queue: str, outcomes: Sequence[Outgoing], posted: set[Outgoing]
-    ) -> dict[str, MessageRefused]:
-        """Post them and note so; where a batch is refused, each alone, to find which it is."""
-        accepted: list[str] = []
-        refused = {}
-        try:
-            self._post_all(queue, [each.text for each in outcomes], accepted)
-        except MessageRefused:
-            for outcome in outcomes[len(accepted) :]:
-                try:
-                    self._post_all(queue, [outcome.text], [])
-                    posted.add(outcome)
-                except MessageRefused as error:
-                    refused[outcome.message_id] = error
-        finally:
-            posted.update(outcomes[: len(accepted)])
-        return refused
+    def browse(self, queue: str, *, after: str = "", limit: int = 20, wait: float = 0) -> tuple[list[Message], str]:
+        shown = {"echo": "true", "include_claimed": "true", "include_delayed": "true"}
+        query = {"marker": after or "-1", "limit": min(limit, PAGE), **shown}  # the Redis driver needs a marker
 
-    def _delete_unfenced(self, queue: str, ids: Sequence[str], claim_ids: Collection[str]) -> None:
-        """In bulk; a claim on a message does not save it."""
-        for some in (ids[start : start + PAGE] for start in range(0, len(ids), PAGE)):
-            query = urlencode(self._bulk_query(some, claim_ids), safe=",")  # an encoded comma would not part them
-            self._ask("delete from", queue, "DELETE", f"messages?{query}")
+        def look() -> tuple[list[Message], str] | None:
+            messages, marker = self._ask("browse", queue, f"GET /queues/{queue}/messages", _messages, params=query)
+            return (list(messages), marker) if messages else None
 
-    def _delete_one(self, queue: str, id_: str, claim_id: str | None = None) -> bool:
-        """Say whether it is gone. The MongoDB driver lets a lapsed claim delete what nobody has claimed since."""
-        fence = {"params": {"claim_id": claim_id}} if claim_id else {}
-        try:
-            self._ask(f"delete {id_} from", queue, "DELETE", f"messages/{_quoted(id_)}", LOST_AT_DELETE, **fence)
-        except ClaimLost:
-            return False
-        return True
-
-    def release(self, claim: Claim, messages: Collection[Message] | None = None, *, delay: float = 0) -> None:
-        self.limits.check_release(delay=delay)
-        if messages is not None and {message.id for message in messages} != {held.id for held in claim.messages}:
-            raise ConfigError(f"{self.limits.service} releases only whole claims")
-        self._ask(f"release claim {claim.id} on", claim.queue, "DELETE", f"claims/{_quoted(claim.id)}")
-
-    def browse(self, queue: str, *, after: str = "", limit: int = 20, claimed: bool = False, wait: float = 0) -> Page:
-        deadline, pause = time.monotonic() + wait, FIRST_PAUSE_S
-        while True:
-            page, left = self._browse(queue, after, limit, claimed), deadline - time.monotonic()
-            if page.messages or left <= 0 or self._stopped.wait(min(pause, left)):
-                return page
-            pause = min(2 * pause, LONGEST_PAUSE_S)
-
-    def _browse(self, queue: str, after: str, limit: int, claimed: bool) -> Page:
-        messages: tuple[Message, ...] = ()
-        while asked := min(PAGE, limit - len(messages)):
-            page = self._page(queue, after, asked, claimed)
-            messages, after = messages + page.messages, page.marker
-            if len(page.messages) < asked:
-                break
-        return Page(messages, after)
-
-    def _page(self, queue: str, after: str, limit: int, claimed: bool, **more: str) -> Page:
-        """One request's worth; our own messages too (echo). more: of the query."""
-        query = {"marker": after or None, "limit": limit, "echo": "true", "include_claimed": str(claimed).lower()}
-        answer, found = self._ask("browse", queue, "GET", "messages", params=query | more)
-        if answer.status_code == requests.codes.no_content:
-            return Page((), after)
-        with self._reading("browse", queue):
-            if not (messages := _messages(found["messages"])):
-                return Page((), after)
-            (onward,) = (link["href"] for link in found["links"] if link["rel"] == "next")
-            return Page(messages, parse_qs(urlsplit(onward).query)["marker"][0])
-
-    def end_marker(self, queue: str) -> str:
-        """As the contract says, without reading the queue where markers are numbers (MongoDB driver, Rackspace)."""
-        if not (total := self.stats(queue).total):
-            return ""
-        marker = self._page(queue, "", 1, claimed=True).marker
-        return str(self._last_number(queue, int(marker), total)) if marker.isdecimal() else self._last(queue, marker)
-
-    def _last_number(self, queue: str, marker: int, total: int) -> int:
-        """The newest message's marker, from that of the oldest: a search in O(log n) requests of one message."""
-
-        def number_after(number: int) -> int | None:
-            page = self._page(queue, str(number), 1, claimed=True)
-            return int(page.marker) if page.messages else None
-
-        # Without gaps the second newest is total - 2 behind the oldest; from there in growing steps.
-        for step in itertools.chain([max(0, total - 2)], (2**n - 1 for n in itertools.count())):
-            if (found := number_after(marker + step)) is None:
-                break
-            marker = found
-        end = marker + step
-        while marker < end:
-            middle = (marker + end) // 2
-            if (found := number_after(middle)) is None:
-                end = middle
-            else:
-                marker = found
-        return marker
+        return self._look(f"list of {queue}", wait, min(wait, LONGEST_PAUSE_S), look) or ([], after)
 
     def delete(self, queue: str, ids: Sequence[str]) -> None:
-        """As the contract says, a request each: the bulk delete removes claimed messages too."""
-        self.limits.check_queue(queue)
+        """In a request each: the bulk delete removes claimed messages too."""
         for id_ in ids:
-            if re.fullmatch("[A-Za-z0-9_-]+", id_):
+            if re.fullmatch("[A-Za-z0-9_-]+", id_):  # ".." would name the queue
                 self._delete_one(queue, id_)
 
     def purge(self, queue: str) -> None:
-        """As the contract says. The queue is not deleted and made anew: its markers would begin anew too."""
-        page = self._page(queue, "", PAGE, claimed=True)
-        while page.messages:
-            handles = {message.handle for message in page.messages if message.handle}
-            self._delete_unfenced(queue, [message.id for message in page.messages], handles)
-            page = self._page(queue, page.marker, PAGE, claimed=True)
+        """In pages. A queue that is deleted and created again would begin its markers again too."""
+        self.stats(queue)  # a missing queue would look empty
+        messages, marker = self.browse(queue)
+        while messages:
+            self._delete_unfenced(queue, [message.id for message in messages], "")
+            messages, marker = self.browse(queue, after=marker)
 
     def stats(self, queue: str) -> Stats:
-        _, found = self._ask("count", queue, "GET", "stats")
-        with self._reading("count", queue):
-            counts = found["messages"]
-            age = float(counts["oldest"]["age"]) if "oldest" in counts else None
-            return Stats(int(counts["free"]), int(counts["claimed"]), 0, age)
+        return self._ask("count", queue, f"GET /queues/{queue}/stats", _stats)
 
-    def clock_ahead(self, queue: str) -> float | None:
-        answer, _ = self._ask("count", queue, "GET", "stats")
-        return ahead_of(answer.headers.get("Date"))
+    def close(self) -> None:
+        self.stop_waiting()
+        self._http.close()
 
-    def stop_waiting(self) -> None:
-        self._stopped.set()
+    def _look(self, key: str, wait: float, longest: float, look: Callable[[], T | None]) -> T | None:
+        """Until something is found or the wait is over: neither API has a long poll. Pauses double over all waits."""
+        deadline = time.monotonic() + wait
+        while not (found := look()):
+            pause, left = self._pauses.get(key, FIRST_PAUSE_S), deadline - time.monotonic()
+            self._pauses[key] = min(2 * pause, max(longest, FIRST_PAUSE_S))
+            if left <= 0 or self._stopped.wait(min(pause, left)) or left <= pause:
+                return None
+        self._pauses.pop(key, None)
+        return found
 
     def _ask(
-        self, doing: str, queue: str, method: str, path: str = "", instead: Refusals | None = None, **options: Any
-    ) -> Answer:
-        """Send a request that concerns a queue; a refusal becomes an error, by `instead` or else by `refusals`."""
-        self.limits.check_queue(queue)
-        url = f"/queues/{queue}/{path}".rstrip("/")
-        return self._send(f"{doing} {queue} at {self.address}", method, url, instead or {}, **options)
-
-    @contextmanager
-    def _reading(self, doing: str, queue: str) -> Iterator[None]:
-        """Around the reading of an answer; one of another shape (a proxy's page) is no answer."""
+        self, doing: str, queue: str, request: str, read: Callable[[Answer], T], also: Refusals = REFUSALS, **query: Any
+    ) -> T:
+        """Send a request that concerns a queue, its method and path; gives what `read` makes of the answer."""
+        what = f"{doing} {check_queue(queue)} at {self.address}"
         try:
-            yield
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            service = self.limits.service
-            raise AnswerLost(f"{doing} {queue} at {self.address}: the answer is none of {service}") from error
+            answer = self._send(*request.split(" "), **query)
+            if answer.status_code >= requests.codes.multiple_choices:
+                raise refusal(answer, also)
+            self._has_worked = True
+            return read(answer)
+        except errors.QueuesError as error:
+            if isinstance(error, errors.CredentialsError) and self._has_worked:
+                raise QueueUnavailable(f"{what}: {error}") from error
+            error.args = (f"{what}: {error}",)
+            raise
+        except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise AnswerLost(f"{what}: that is no answer of {self.limits.service}") from error
 
-    def _refused(
-        self, what: str, status: int, said: str, retry_after_s: float | None, instead: Refusals
-    ) -> QueuesError:
-        """The error for an answer with that HTTP status. said: what the service said, status included."""
-        kind, advice = {**self.refusals, **instead}.get(status, self.other_refusals)
-        return _error(kind, f"{what}: {said}{advice}", retry_after_s)
+    def _document(self, body: Any, ttl: int | None) -> str:
+        return f'{{"ttl":{ttl or LONGEST_TTL_S},"body":{self.limits.encode(body)}}}'
 
-    @abstractmethod
-    def _send(self, what: str, method: str, path: str, instead: Refusals, **options: Any) -> Answer:
-        """Send a request, with requests' `data` and `params`; every failure is raised as an error of ours."""
+    def _send_batch(self, queue: str, documents: Sequence[str]) -> list[str]:
+        """The ids of those that were accepted: all, or the first few where the answer says `partial`."""
 
-    @abstractmethod
-    def _life(self, message: Message, claim_ttl: int, grace: int) -> int:
-        """The TTL of a message that was just claimed: one that would end in the claim lives until `grace` after it."""
+        def read(answer: Answer) -> list[str]:
+            ids = [_id(path) for path in json.loads(answer.content)["resources"]]
+            if not 0 < len(ids) <= len(documents):
+                raise ValueError
+            return ids
 
-    def _bulk_query(self, ids: Sequence[str], claim_ids: Collection[str]) -> dict[str, str]:
-        """The query of a bulk delete. claim_ids: of all claims that may hold the messages."""
-        return {"ids": ",".join(ids)}
+        request, data = f"POST /queues/{queue}/messages", ",".join(documents).join(self.around)
+        return self._ask("post to", queue, request, read, REFUSED_AT_POST, data=data)
 
-    def _last(self, queue: str, marker: str) -> str:
-        """The newest message's marker, from that of the oldest, where markers are no numbers."""
-        while (page := self._page(queue, marker, PAGE, claimed=True)).messages:
-            marker = page.marker
-        return marker
+    def _delete_settled(self, claim: Claim, settlements: Sequence[Settlement]) -> list[str]:
+        gone = [each.message.id for each in settlements if not each.fenced]
+        self._delete_unfenced(claim.queue, gone, claim.id)
+        fenced = (each.message.id for each in settlements if each.fenced)
+        return gone + [id_ for id_ in fenced if self._delete_one(claim.queue, id_, claim.id)]
+
+    def _delete_unfenced(self, queue: str, ids: Sequence[str], claim_id: str) -> None:
+        """In one request, also what others hold. Servers with `message_delete_with_claim_id` want a claim."""
+        if ids:  # an encoded comma would not separate them
+            request = f"DELETE /queues/{queue}/messages?ids={','.join(ids)}&claim_ids={claim_id}"
+            self._ask("delete from", queue, request, bool)
+
+    def _delete_one(self, queue: str, id_: str, claim_id: str = "") -> bool:
+        """Whether it is gone."""
+        request = f"DELETE /queues/{queue}/messages/{id_}?claim_id={claim_id}".removesuffix("?claim_id=")
+        try:
+            return self._ask("delete from", queue, request, bool, LOST_AT_DELETE)
+        except errors.ClaimLost:
+            return False  # the claim is over
+        except errors.QueueForbidden as error:
+            if "not authorized" in str(error):  # as Zaqar says where its policy forbids it
+                raise
+            return False  # another holds the message
 
 
-def _messages(entries: Any) -> tuple[Message, ...]:
-    """The messages of an answer, each once. handle: the claim that the href names, held or lapsed.
+def refusal(answer: Answer, instead: Refusals) -> errors.QueuesError:
+    """The error for an HTTP status from 300 on. instead: of what REFUSALS says."""
+    status, said = answer.status_code, said_by(answer)
+    other = AnswerLost if status >= requests.codes.server_error else errors.QueueError
+    kind = {**REFUSALS, **instead}.get(status, other)
+    said += ADVICE.get(kind, "")
+    return kind(said, retry_after=retry_after_s(answer)) if issubclass(kind, QueueUnavailable) else kind(said)
 
-    What is no message is left out, and comes back when its claim ends; ValueError where that leaves none.
+
+def said_by(answer: Answer) -> str:
+    """What an answer says, for people."""
+    return f"HTTP {answer.status_code} {' '.join(answer.text.split())[:200]}"
+
+
+def retry_after_s(answer: Answer) -> float:
+    """Seconds that its Retry-After asks for, at most an hour; 0 where it names none."""
+    text = answer.headers.get("Retry-After", "").strip()
+    return min(float(text), LONGEST_RETRY_AFTER_S) if text.isdecimal() else 0.0
+
+
+def _messages(answer: Answer) -> tuple[tuple[Message, ...], str]:
+    """Those of a claim, and its id; or those of a list, and the next marker. Both are empty where there is none.
+
+    A body that holds NaN, which Zaqar stores, is given as text.
     """
-    if not isinstance(entries, list):
-        raise TypeError
-    messages = {}
-    for entry in entries:
-        try:
-            # Dumped again: a body that holds NaN, which Zaqar stores, is given as text.
-            body = decode(json.dumps(entry["body"]))
-            claim = parse_qs(urlsplit(entry["href"]).query).get("claim_id", [""])[0]
-            message = Message(last_part(entry["href"]), body, float(entry["age"]), int(entry["ttl"]), handle=claim)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            log.warning("a message in an answer of the queue service lacks %s: it is left out", error)
-            continue
-        messages[message.id] = message
-    if entries and not messages:
-        raise ValueError
-    return tuple(messages.values())
+    found: Any = json.loads(answer.content) if answer.status_code != requests.codes.no_content else []
+    entries = found if isinstance(found, list) else found["messages"]
+    if not entries:
+        return (), ""
+    if "Location" in answer.headers:
+        place = _id(answer.headers["Location"])
+    else:
+        (onward,) = (link["href"] for link in found["links"] if link["rel"] == "next")
+        place = parse_qs(urlsplit(onward).query)["marker"][0]
+    bodies = (decode(json.dumps(each["body"])) for each in entries)
+    made = (Message(_id(each["href"]), body, float(each["age"])) for each, body in zip(entries, bodies, strict=True))
+    return tuple(made), place
 
 
-def last_part(path: str) -> str:
-    """The id at the end of a path. ValueError where there is none."""
-    id_ = urlsplit(path).path.rsplit("/", 1)[-1]
-    if not id_:
-        raise ValueError(path)
-    return unquote(id_)
+def _stats(answer: Answer) -> Stats:
+    counts = json.loads(answer.content)["messages"]
+    age = float(counts["oldest"]["age"]) if "oldest" in counts else None
+    return Stats(int(counts["free"]), int(counts["claimed"]), 0, age)
 
 
-def _quoted(id_: str) -> str:
-    return quote(id_, safe="")
-
-
-def content(answer: requests.Response) -> Any:
-    """What an answer holds: a JSON value, or the text where it is not JSON."""
-    try:
-        return json.loads(answer.content)
-    except (ValueError, RecursionError):
-        return answer.text
-
-
-def reason(found: Any) -> str:
-    """What a refusal's content says went wrong: Zaqar's title and description, a sign-in's message, else its text."""
-    if isinstance(found, dict):
-        inner = next((value for value in found.values() if isinstance(value, dict)), found)
-        found = ": ".join(str(inner[key]) for key in ("title", "description", "message") if inner.get(key))
-    return " ".join(str(found).split())[:LONGEST_REASON]
-
-
-def translated(error: Exception, what: str, errors: ErrorMap, cause: BaseException | None) -> QueuesError:
-    """Our error for one of an SDK. cause: the error of requests that lies under it, if there is one."""
-    kind, advice = next(row[1:] for row in errors if isinstance(error, row[0]))
-    if kind is QueueUnavailable and _may_have_arrived(cause):
-        kind = AnswerLost
-    return _error(kind, f"{what}: {said_of(error)}{advice}", getattr(error, "retry_after", None) or None)
-
-
-def said_of(error: BaseException) -> str:
-    """What went wrong: the reason that lies under urllib3's retries, else the SDK's words but for those on versions."""
-    under = error.args[0] if error.args else None
-    if isinstance(under, MaxRetryError) and under.reason:
-        return str(under.reason)
-    return re.sub(r"\.?( Required version range .*)?$", "", str(error), flags=re.DOTALL)
-
-
-def _error(kind: type[QueuesError], message: str, retry_after_s: float | None) -> QueuesError:
-    return kind(message, retry_after_s=retry_after_s) if issubclass(kind, QueueUnavailable) else kind(message)
-
-
-def _may_have_arrived(error: BaseException | None) -> bool:
-    """Whether an error of requests leaves open if the service got the request."""
-    # requests makes ValueErrors of what it cannot send; urllib3 wraps in MaxRetryError what fails before it is sent:
-    # to find the host, to connect, TLS.
-    if not isinstance(error, OSError | HTTPError) or isinstance(error, ValueError):
-        return False
-    return not (error.args and isinstance(error.args[0], MaxRetryError))
+def _id(path: str) -> str:
+    return urlsplit(path).path.rpartition("/")[2]

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from identity_double import REGION, IdentityDouble
-from keyring_double import USER, Keyring, keyring_of
+from doubles.identity_double import REGION, IdentityDouble
+from doubles.keyring_double import USER, Keyring, keyring_of
 from processes import advance, zaqar
 
 from claim_queues import Queues
@@ -44,4 +44,4 @@ def cloud_queues(directory: Path) -> Iterator[CloudQueuesService]:
     with ExitStack() as closing:
         closing.enter_context(keyring_of(Keyring()))
         identity = closing.enter_context(IdentityDouble(f"{zaqar_url()}/v1"))
-        yield CloudQueuesService(identity.url, closing)
+        yield CloudQueuesService(identity.v2, closing)

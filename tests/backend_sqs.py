@@ -1,29 +1,38 @@
-"""Amazon SQS under the contract's tests: moto's server, one for each test process.
-
-Its clock cannot be moved, so time is waited for: a claim TTL of 1 or 2 s is allowed.
-"""
+"""Amazon SQS under the contract's tests: moto's server, one for each test process."""
 
 import atexit
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import processes
 import pytest
 from backends import Service
 
-from claim_queues import Queues
+from claim_queues import Claim, Queues
 from claim_queues.sqs import SqsQueues
 
 REGION = "eu-west-1"
 
 
-class LocalQueues(SqsQueues):
-    ready_after_s = 0.0
-    """A new queue of moto's is there at once."""
+class AgeingQueues(SqsQueues):
+    """Queues whose claims a test can make older: what is trusted on SQS is the holder's own clock."""
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(REGION, endpoint=endpoint, ready_after_s=0)
+        self._claims: list[Claim] = []
+
+    def claim(self, queue: str, **terms: Any) -> Claim | None:
+        claim = super().claim(queue, **terms)
+        self._claims += [claim] if claim else []
+        return claim
+
+    def age(self, seconds: float) -> None:
+        for claim in self._claims:
+            claim.expires_at -= seconds
 
 
 class SqsService:
@@ -32,13 +41,17 @@ class SqsService:
     def __init__(self, endpoint: str, closing: ExitStack) -> None:
         self._endpoint = endpoint
         self._closing = closing
+        self._opened: list[AgeingQueues] = []
         self.queues = self.another()
 
     def another(self) -> Queues:
-        return self._closing.enter_context(LocalQueues(REGION, endpoint=self._endpoint))
+        self._opened.append(self._closing.enter_context(AgeingQueues(self._endpoint)))
+        return self._opened[-1]
 
     def advance(self, seconds: float) -> None:
-        threading.Event().wait(seconds)
+        processes.advance(self._endpoint, seconds)
+        for queues in self._opened:
+            queues.age(seconds)
 
 
 @contextmanager

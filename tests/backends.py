@@ -1,14 +1,14 @@
 """What the contract's tests need of a queue service, and the embedded queue as one."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 
-from claim_queues import Queues
+from claim_queues import Claim, Message, Queues
 from claim_queues.sqlite import SqliteQueues
 
 
@@ -50,3 +50,9 @@ def skip_unless(capability: object, missing: str) -> None:
     """Skip the test where the service's Limits lack a capability; `missing` says what it cannot do."""
     if not capability:
         pytest.skip(f"the service {missing}")
+
+
+def bodies(found: Claim | Sequence[Message] | None) -> list[Any]:
+    """The bodies of a claim's messages, or of those browsed, in their order."""
+    messages = found.messages if isinstance(found, Claim) else found
+    return [message.body for message in messages or ()]

@@ -13,14 +13,16 @@ START_S = 60.0
 
 
 @contextmanager
-def zaqar(version: int, driver: str, log: Path) -> Iterator[str]:
-    """A real Zaqar (18: API v1 and v2; 23: v2) on its MongoDB or Redis driver, until the block ends: its root URL."""
-    with redis(log) if driver == "redis" else _nothing() as redis_port:
-        words = ["zaqar_server.py", "PORT", driver, *([str(redis_port)] if redis_port else [])]
-        with _server(
-            f"zaqar{version}", "python", words, log, lambda url: _status(url) == requests.codes.multiple_choices
-        ) as url:
-            yield url
+def zaqar(version: int, driver: str, log: Path, *, redis_port: int | None = None) -> Iterator[str]:
+    """A real Zaqar (18: API v1 and v2; 23: v2), until the block ends: its root URL.
+
+    driver: mongodb, in memory, or redis, with the port of a running Redis.
+    """
+    words = ["zaqar_server.py", "PORT", driver, *([str(redis_port)] if redis_port else [])]
+    with _server(
+        f"zaqar{version}", "python", words, log, lambda url: _status(url) == requests.codes.multiple_choices
+    ) as url:
+        yield url
 
 
 @contextmanager
@@ -70,11 +72,6 @@ def _process(program: str, words: list[str], log: Path) -> Iterator[int]:
     finally:
         process.kill()
         process.wait()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield None
 
 
 def _status(url: str) -> int:

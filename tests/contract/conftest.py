@@ -11,7 +11,7 @@ from backend_sqs import sqs
 from backend_zaqar import MONGODB_DEFECTS, REDIS_DEFECTS, zaqar_mongodb, zaqar_redis
 from backends import Service, embedded
 
-from claim_queues import Limits, Queues
+from claim_queues import Claim, Limits, Queues
 
 SERVICES: dict[str, Callable[[Path], AbstractContextManager[Service]]] = {
     "embedded": embedded,
@@ -47,6 +47,12 @@ def queues(service: Service) -> Queues:
 
 
 @pytest.fixture
+def rival(service: Service) -> Queues:
+    """The queues as another process has them."""
+    return service.another()
+
+
+@pytest.fixture
 def limits(queues: Queues) -> Limits:
     return queues.limits
 
@@ -62,15 +68,13 @@ def other_queue(queues: Queues) -> str:
 
 
 @pytest.fixture
-def ttl(limits: Limits) -> int:
-    """A claim TTL: the shortest, but with room for half of it on services that count whole seconds."""
-    return max(limits.claim_ttl.low, 2)
+def claim(queue: str) -> Callable[..., Claim | None]:
+    """Claim for the shortest claim TTL and grace: claim(queues, limit) from `queue`, or from another one."""
 
+    def claim(queues: Queues, limit: int = 1, *, of: str = queue, wait: float = 0) -> Claim | None:
+        return queues.claim(of, ttl=60, grace=60, limit=limit, wait=wait)
 
-@pytest.fixture
-def terms(limits: Limits, ttl: int) -> dict[str, int]:
-    """What every claim asks for: the claim TTL above, and the shortest grace."""
-    return {"ttl": ttl, "grace": limits.grace.low if limits.grace else 0}
+    return claim
 
 
 def new_queue(queues: Queues) -> str:

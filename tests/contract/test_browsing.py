@@ -1,155 +1,74 @@
 """Messages are looked at without claiming them, where the service can."""
 
 import pytest
-from backends import skip_unless
+from backends import bodies, skip_unless
 
 from claim_queues import ConfigError
 
 
 @pytest.fixture
-def limits(limits):
+def browser(rival, limits):
+    """Another process, which browses."""
     skip_unless(limits.can_browse, "cannot look without claiming")
-    return limits
+    return rival
 
 
-def test_browsing_is_refused_where_the_service_cannot(queues, queue):
-    skip_unless(not queues.limits.can_browse, "can look without claiming")
+def test_browsing_is_refused_where_the_service_cannot(queues, queue, limits):
+    skip_unless(not limits.can_browse, "can look without claiming")
 
     with pytest.raises(ConfigError):
         queues.browse(queue)
 
 
-def test_browsing_shows_free_messages_in_order(service, queue, limits):
-    ids = service.queues.post(queue, ["first", "second"])
-    ids += service.queues.post(queue, ["third"])
-
-    page = service.another().browse(queue)
-
-    assert [(message.id, message.body) for message in page.messages] == list(
-        zip(ids, ["first", "second", "third"], strict=True)
-    )
-
-
-def test_browsing_changes_nothing(queues, queue, limits, terms):
-    queues.post(queue, ["seen"])
-
-    first, second = queues.browse(queue), queues.browse(queue)
-    claimed = queues.claim(queue, **terms, limit=1).messages
-
-    assert [m.id for m in first.messages] == [m.id for m in second.messages] == [m.id for m in claimed]
-    assert claimed[0].receive_count in (1, None)
-
-
-def test_browsing_an_empty_queue_shows_nothing(queues, queue, other_queue, limits):
+def test_browsing_shows_messages_in_order_with_their_age_and_changes_nothing(
+    service, browser, queues, queue, other_queue, claim
+):
     queues.post(other_queue, ["elsewhere"])
-
-    assert queues.browse(queue).messages == ()
-
-
-def test_a_page_has_at_most_limit_messages_and_its_marker_goes_on_behind_them(queues, queue, limits):
-    queues.post(queue, [1, 2, 3])
-
-    first = queues.browse(queue, limit=2)
-    second = queues.browse(queue, limit=2, after=first.marker)
-    third = queues.browse(queue, limit=2, after=second.marker)
-
-    assert [[m.body for m in page.messages] for page in (first, second, third)] == [[1, 2], [3], []]
-
-
-def test_a_page_may_be_longer_than_a_request_of_the_service(queues, queue, limits):
-    queues.post(queue, list(range(45)))
-
-    first = queues.browse(queue, limit=41)
-    second = queues.browse(queue, limit=41, after=first.marker)
-
-    assert [[m.body for m in page.messages] for page in (first, second)] == [list(range(41)), list(range(41, 45))]
-
-
-def test_the_marker_of_an_empty_page_finds_what_is_posted_later(queues, queue, limits):
-    queues.post(queue, ["seen"])
-    seen = queues.browse(queue)
-    nothing = queues.browse(queue, after=seen.marker)
-
-    queues.post(queue, ["new"])
-
-    assert [m.body for m in queues.browse(queue, after=nothing.marker).messages] == ["new"]
-
-
-def test_a_marker_holds_when_its_message_is_gone(queues, queue, limits):
-    queues.post(queue, [1, 2])
-    page = queues.browse(queue, limit=1)
-    queues.delete(queue, [page.messages[0].id])
-
-    assert [m.body for m in queues.browse(queue, after=page.marker).messages] == [2]
-
-
-def test_the_end_marker_lies_behind_all_messages(queues, queue, limits, terms):
-    queues.post(queue, ["claimed", "free"])
-    queues.claim(queue, **terms, limit=1)
-    marker = queues.end_marker(queue)
-
-    queues.post(queue, ["new"])
-
-    assert [m.body for m in queues.browse(queue, after=marker, claimed=True).messages] == ["new"]
-
-
-def test_the_end_marker_of_an_empty_queue_lies_before_all_that_comes(queues, queue, limits):
-    marker = queues.end_marker(queue)
-
-    queues.post(queue, ["new"])
-
-    assert [m.body for m in queues.browse(queue, after=marker).messages] == ["new"]
-
-
-def test_claimed_messages_are_shown_only_when_asked_for(queues, queue, limits, terms):
-    queues.post(queue, [1, 2, 3])
-    claims = [queues.claim(queue, **terms, limit=1) for _ in range(2)]
-    queues.release(claims[0])
-
-    assert [m.body for m in queues.browse(queue).messages] == [1, 3]
-    assert [m.body for m in queues.browse(queue, claimed=True).messages] == [1, 2, 3]
-
-
-def test_a_page_is_filled_from_behind_claimed_messages(queues, queue, limits, terms):
-    queues.post(queue, [1, 2, 3, 4])
-    queues.claim(queue, **terms, limit=2)
-
-    assert [m.body for m in queues.browse(queue, limit=2).messages] == [3, 4]
-
-
-def test_delayed_messages_are_shown_only_when_asked_for(queues, queue, limits, terms):
-    skip_unless(limits.release_delay, "cannot delay a release")
-    queues.post(queue, ["delayed", "free"])
-    queues.release(queues.claim(queue, **terms, limit=1), delay=10)
-
-    assert [m.body for m in queues.browse(queue).messages] == ["free"]
-    assert [m.body for m in queues.browse(queue, claimed=True).messages] == ["delayed", "free"]
-
-
-def test_a_message_whose_claim_lapsed_is_shown_as_free(service, queues, queue, terms, ttl):
-    queues.post(queue, [1, 2])
-    queues.claim(queue, **terms, limit=1)
-
-    service.advance(ttl + 1)
-
-    assert [m.body for m in queues.browse(queue).messages] == [1, 2]
-
-
-def test_an_expired_message_is_not_shown(service, queues, queue, limits):
-    skip_unless(limits.message_ttl, "gives all messages of a queue one TTL")
-    queues.post(queue, ["short-lived"], ttl=limits.message_ttl.low)
-
-    service.advance(limits.message_ttl.low + 1)
-
-    assert queues.browse(queue, claimed=True).messages == ()
-
-
-def test_a_browsed_message_has_its_age_and_ttl(service, queues, queue, limits):
-    skip_unless(limits.message_ttl, "gives all messages of a queue one TTL")
-    queues.post(queue, ["seen"], ttl=limits.message_ttl.low + 7)
-
+    ids = queues.post(queue, ["first", "second"]) + queues.post(queue, ["third"])
     service.advance(3)
 
-    (message,) = queues.browse(queue).messages
-    assert message.ttl == limits.message_ttl.low + 7
-    assert 2 <= message.age < 10
+    first, second = browser.browse(queue)[0], browser.browse(queue)[0]
+    claimed = claim(queues, 3).messages
+
+    assert bodies(first) == ["first", "second", "third"]
+    assert all(2 <= message.age < 10 for message in first)
+    assert [[message.id for message in found] for found in (first, second, claimed)] == [ids] * 3
+
+
+def test_a_marker_goes_on_behind_what_was_shown(browser, queues, queue):
+    nothing, start = browser.browse(queue)
+    queues.post(queue, [1, 2, 3])
+
+    first, after_first = browser.browse(queue, limit=2, after=start)
+    second, after_second = browser.browse(queue, limit=2, after=after_first)
+    third, after_third = browser.browse(queue, limit=2, after=after_second)
+
+    assert [bodies(page) for page in (nothing, first, second, third)] == [[], [1, 2], [3], []]
+    queues.post(queue, ["new"])
+    assert bodies(browser.browse(queue, after=after_third)[0]) == ["new"]
+
+
+def test_a_marker_holds_when_its_message_is_gone(browser, queues, queue):
+    ids = queues.post(queue, [1, 2])
+    _, marker = browser.browse(queue, limit=1)
+    queues.delete(queue, ids[:1])
+
+    assert bodies(browser.browse(queue, after=marker)[0]) == [2]
+
+
+def test_claimed_released_and_lapsed_messages_are_shown_at_their_place(service, browser, queues, queue, claim):
+    queues.post(queue, [1, 2, 3, 4])
+    claims = [claim(queues) for _ in range(2)]
+    queues.release(claims[1])
+
+    assert bodies(browser.browse(queue, limit=3)[0]) == [1, 2, 3]
+    service.advance(61)
+    assert bodies(browser.browse(queue)[0]) == [1, 2, 3, 4]
+
+
+def test_delayed_messages_are_shown(browser, queues, queue, limits, claim):
+    skip_unless(limits.release_delay, "cannot delay a release")
+    queues.post(queue, ["delayed", "free"])
+    queues.release(claim(queues), delay=10)
+
+    assert bodies(browser.browse(queue)[0]) == ["delayed", "free"]

@@ -1,160 +1,67 @@
 """A holder gives back what it will not settle."""
 
-import pytest
-from backends import skip_unless
+from backends import bodies, skip_unless
 
-from claim_queues import ConfigError, Settlement
-
-
-def test_released_messages_are_free_at_once_at_their_old_place(service, queue, terms):
-    service.queues.post(queue, [1, 2, 3])
-    claim = service.queues.claim(queue, **terms, limit=2)
-
-    service.queues.release(claim)
-
-    assert [m.body for m in service.another().claim(queue, **terms, limit=3).messages] == [1, 2, 3]
+from claim_queues import Settlement
 
 
-def test_what_was_settled_before_does_not_come_back_with_a_release(queues, queue, terms):
-    queues.post(queue, ["settled", "left"])
-    claim = queues.claim(queue, **terms, limit=2)
-    queues.settle(claim, [Settlement(claim.messages[0])])
+def test_what_is_left_of_a_released_claim_is_free_at_once_at_its_old_place(queues, rival, queue, claim):
+    queues.post(queue, [1, "settled", 2, 3])
+    held = claim(queues, 3)
+    queues.settle(held, [Settlement(held.messages[1])])
 
-    queues.release(claim)
+    queues.release(held)
 
-    assert [m.body for m in queues.claim(queue, **terms, limit=2).messages] == ["left"]
+    assert bodies(claim(rival, 4)) == [1, 2, 3]
 
 
-def test_a_release_keeps_the_receive_count(queues, queue, limits, terms):
-    skip_unless(limits.counts_receives, "does not count receives")
+def test_to_release_a_claim_twice_is_no_error(queues, queue, claim):
     queues.post(queue, ["given back"])
-    queues.release(queues.claim(queue, **terms, limit=1))
+    held = claim(queues)
 
-    assert queues.claim(queue, **terms, limit=1).messages[0].receive_count == 2
+    queues.release(held)
+    queues.release(held)
 
-
-def test_releasing_twice_is_no_error(queues, queue, terms):
-    queues.post(queue, ["given back"])
-    claim = queues.claim(queue, **terms, limit=1)
-
-    queues.release(claim)
-    queues.release(claim)
-
-    assert queues.claim(queue, **terms, limit=1)
+    assert claim(queues)
 
 
-def test_releasing_too_late_leaves_alone_what_another_holds(service, queue, terms, ttl):
-    holder, rival = service.queues, service.another()
-    holder.post(queue, ["taken over"])
-    lapsed = holder.claim(queue, **terms, limit=1)
-    service.advance(ttl + 1)
-    held = rival.claim(queue, **terms, limit=1)
+def test_releasing_too_late_leaves_alone_what_another_holds(service, queues, rival, queue, claim):
+    ids = queues.post(queue, ["taken over"])
+    lapsed = claim(queues)
+    service.advance(61)
+    held = claim(rival)
 
-    holder.release(lapsed)
+    queues.release(lapsed)
 
-    assert holder.claim(queue, **terms, limit=1) is None
-    assert rival.settle(held, [Settlement(held.messages[0])]).deleted == {held.messages[0].id}
-
-
-def test_a_claim_may_give_back_some_of_its_messages(queues, queue, limits, terms):
-    skip_unless(limits.releases_one_message, "releases only whole claims")
-    queues.post(queue, ["kept", "given back"])
-    claim = queues.claim(queue, **terms, limit=2)
-    kept, given_back = claim.messages
-
-    queues.release(claim, [given_back])
-
-    assert [m.id for m in queues.claim(queue, **terms, limit=2).messages] == [given_back.id]
-    assert queues.settle(claim, [Settlement(kept)]).deleted == {kept.id}
+    assert claim(queues) is None
+    assert rival.settle(held, [Settlement(held.messages[0])]).deleted == {*ids}
 
 
-def test_releasing_no_message_keeps_the_claim(queues, queue, limits, terms):
-    skip_unless(limits.releases_one_message, "releases only whole claims")
-    queues.post(queue, ["kept"])
-    claim = queues.claim(queue, **terms, limit=1)
-
-    queues.release(claim, [])
-
-    assert queues.claim(queue, **terms, limit=1) is None
-
-
-def test_some_of_a_claim_is_refused_where_only_whole_claims_are_released(queues, queue, limits, terms):
-    skip_unless(not limits.releases_one_message, "can release one message")
-    queues.post(queue, [1, 2])
-    claim = queues.claim(queue, **terms, limit=2)
-
-    with pytest.raises(ConfigError):
-        queues.release(claim, claim.messages[:1])
-
-    assert queues.claim(queue, **terms, limit=2) is None
-
-
-def test_a_message_released_with_a_delay_is_free_when_the_delay_ends(service, queues, queue, limits, terms):
-    skip_unless(limits.release_delay, "cannot delay a release")
-    queues.post(queue, ["later", "now"])
-    claim = queues.claim(queue, **terms, limit=1)
-
-    queues.release(claim, delay=4)
-
-    longer = terms | {"ttl": max(terms["ttl"], 60)}
-    assert [m.body for m in queues.claim(queue, **longer, limit=2).messages] == ["now"]
-    service.advance(2)
-    assert queues.claim(queue, **terms, limit=2) is None
-    service.advance(3)
-    assert [m.body for m in queues.claim(queue, **terms, limit=2).messages] == ["later"]
-
-
-def test_a_delayed_message_is_at_its_old_place_when_the_delay_ends(service, queues, queue, limits, terms):
+def test_a_message_released_with_a_delay_is_free_at_its_old_place_when_that_ends(service, queues, queue, limits, claim):
     skip_unless(limits.release_delay, "cannot delay a release")
     queues.post(queue, [1, 2])
-    queues.release(queues.claim(queue, **terms, limit=1), delay=4)
+    held = claim(queues)
+    (message,) = held.messages
 
-    service.advance(5)
+    queues.release(held, delay=100)
 
-    assert [m.body for m in queues.claim(queue, **terms, limit=2).messages] == [1, 2]
-
-
-def test_a_delay_may_outlast_the_claim(service, queues, queue, terms, ttl):
-    skip_unless(queues.limits.release_delay > ttl + 2, "cannot delay a release for longer than a claim")
-    queues.post(queue, ["later"])
-    queues.release(queues.claim(queue, **terms, limit=1), delay=ttl + 2)
-
-    service.advance(ttl + 1)
-
-    assert queues.claim(queue, **terms, limit=1) is None
+    assert not queues.settle(held, [Settlement(message)]).deleted
+    service.advance(95)
+    now = claim(queues, 2)
+    assert bodies(now) == [2]
+    queues.release(now)
+    service.advance(6)
+    assert bodies(claim(queues, 2)) == [1, 2]
 
 
-def test_the_former_holder_has_lost_a_delayed_message(queues, queue, limits, terms):
-    skip_unless(limits.release_delay, "cannot delay a release")
-    skip_unless(limits.fenced_delete, "does not notice that a claim is lost")
-    (id_,) = queues.post(queue, ["later"])
-    claim = queues.claim(queue, **terms, limit=1)
-    queues.release(claim, delay=4)
+def test_a_message_that_would_expire_in_a_delay_lives_on_until_the_grace_after_it(
+    service, queues, queue, limits, claim
+):
+    skip_unless(limits.release_delay and limits.has_grace, "cannot delay a release, or lets messages expire meanwhile")
+    queues.post(queue, ["short-lived"], ttl=60)
+    queues.release(claim(queues), delay=200)
 
-    assert queues.settle(claim, [Settlement(claim.messages[0])]).lost == {id_}
-
-
-def test_a_message_that_would_expire_in_a_delay_lives_on_until_the_grace_after_it(service, queues, queue, terms, ttl):
-    skip_unless(
-        queues.limits.grace and queues.limits.release_delay, "cannot delay a release, or lets messages expire meanwhile"
-    )
-    delay, grace = queues.limits.message_ttl.low + ttl + queues.limits.grace.low + 10, queues.limits.grace.low
-    queues.post(queue, ["short-lived"], ttl=queues.limits.message_ttl.low)
-    queues.release(queues.claim(queue, **terms, limit=1), delay=delay)
-
-    service.advance(delay + 1)
-    assert [m.body for m in queues.browse(queue).messages] == ["short-lived"]
-
-    service.advance(grace)
-    assert queues.claim(queue, **terms, limit=1) is None
-
-
-def test_a_delay_out_of_range_is_refused_and_the_claim_stays(queues, queue, limits, terms):
-    queues.post(queue, ["kept"])
-    claim = queues.claim(queue, **terms, limit=1)
-
-    for wrong in (-1, limits.release_delay + 1, float("nan"), float("inf")):
-        with pytest.raises(ConfigError):
-            queues.release(claim, delay=wrong)
-
-    assert queues.claim(queue, **terms, limit=1) is None
+    service.advance(201)
+    assert queues.stats(queue).free == 1
+    service.advance(60)
+    assert claim(queues) is None

@@ -1,79 +1,63 @@
 """Messages are removed without a claim."""
 
-from backends import skip_unless
+import pytest
+from backends import bodies, skip_unless
 
-from claim_queues import Settlement
+from claim_queues import ConfigError, Settlement
 
 
-def test_a_free_message_is_deleted_by_its_id_from_any_process(service, queue, terms, limits):
+@pytest.fixture
+def deleter(rival, limits):
+    """Another process, which deletes."""
     skip_unless(limits.can_browse, "deletes claimed messages alone")
-    deleted, _ = service.queues.post(queue, ["deleted", "left"])
-
-    service.another().delete(queue, [deleted])
-
-    assert [m.body for m in service.queues.claim(queue, **terms, limit=2).messages] == ["left"]
+    return rival
 
 
-def test_a_delete_leaves_a_claimed_message_alone(service, queues, queue, terms, limits):
-    skip_unless(limits.can_browse, "deletes claimed messages alone")
-    ids = queues.post(queue, ["claimed", "free"])
-    claim = queues.claim(queue, **terms, limit=1)
+def test_a_delete_is_refused_where_the_service_cannot(queues, queue, limits):
+    skip_unless(not limits.can_browse, "can delete without a claim")
 
-    service.another().delete(queue, ids)
-
-    assert queues.settle(claim, [Settlement(claim.messages[0])]).deleted == {ids[0]}
-    assert queues.claim(queue, **terms, limit=1) is None
+    with pytest.raises(ConfigError):
+        queues.delete(queue, queues.post(queue, ["kept"]))
 
 
-def test_deleting_what_is_gone_or_was_never_there_is_no_error(queues, queue, terms, limits):
-    skip_unless(limits.can_browse, "deletes claimed messages alone")
-    gone, kept = queues.post(queue, ["gone", "kept"])
-    queues.delete(queue, [gone])
+def test_a_free_message_is_deleted_by_its_id_and_a_claimed_one_stays(deleter, queues, queue, claim):
+    ids = queues.post(queue, ["claimed", "deleted", "left"])
+    held = claim(queues)
 
-    queues.delete(queue, [gone, f"{gone}0", gone[:-1] + "z", "", "x"])
-    queues.delete(queue, [])
+    deleter.delete(queue, ids[:2])
+    deleter.delete(queue, [ids[1], f"{ids[2]}0", ids[2][:-1] + "z", "", "x"])  # gone, or never there
 
-    assert [m.id for m in queues.claim(queue, **terms, limit=2).messages] == [kept]
-
-
-def test_a_delete_leaves_other_queues_alone(queues, queue, other_queue, terms, limits):
-    skip_unless(limits.can_browse, "deletes claimed messages alone")
-    (id_,) = queues.post(queue, ["kept"])
-
-    queues.delete(other_queue, [id_])
-
-    assert queues.claim(queue, **terms, limit=1).messages[0].id == id_
+    assert bodies(claim(queues, 2)) == ["left"]
+    assert queues.settle(held, [Settlement(held.messages[0])]).deleted == {ids[0]}
 
 
-def test_a_message_whose_claim_lapsed_can_be_deleted(service, queue, terms, ttl, limits):
-    queues = service.queues
-    skip_unless(limits.can_browse, "deletes claimed messages alone")
+def test_a_delete_leaves_other_queues_alone(deleter, queues, queue, other_queue, claim):
+    ids = queues.post(queue, ["kept"])
+
+    deleter.delete(other_queue, ids)
+
+    assert bodies(claim(queues)) == ["kept"]
+
+
+def test_a_message_whose_claim_lapsed_can_be_deleted(service, deleter, queues, queue, claim):
     ids = queues.post(queue, ["free again"])
-    queues.claim(queue, **terms, limit=1)
-    service.advance(ttl + 1)
+    claim(queues)
+    service.advance(61)
 
-    queues.delete(queue, ids)
+    deleter.delete(queue, ids)
 
-    assert queues.claim(queue, **terms, limit=1) is None
+    assert claim(queues) is None
 
 
-def test_a_purge_removes_all_messages_claimed_ones_too(service, queue, other_queue, terms, ttl):
-    queues = service.queues
+def test_a_purge_removes_all_messages_of_its_queue_claimed_ones_too(service, queues, rival, queue, other_queue, claim):
     queues.post(queue, ["claimed", "free"])
     queues.post(other_queue, ["elsewhere"])
-    queues.claim(queue, **terms, limit=1)
+    claim(queues)
 
-    service.another().purge(queue)
+    rival.purge(queue)
 
-    service.advance(ttl + 1)
-    assert queues.claim(queue, **terms, limit=2) is None
-    assert queues.claim(other_queue, **terms, limit=1)
-
-
-def test_a_purged_queue_can_be_posted_to(queues, queue, terms):
-    queues.post(queue, ["old"])
-    queues.purge(queue)
-
+    service.advance(61)
+    assert claim(queues) is None
+    assert bodies(claim(queues, 2, of=other_queue)) == ["elsewhere"]
     queues.post(queue, ["new"])
-
-    assert [m.body for m in queues.claim(queue, **terms, limit=2).messages] == ["new"]
+    assert bodies(claim(queues, 2)) == ["new"]

@@ -1,133 +1,87 @@
 """A holder renews its claim while work goes on."""
 
+import time
+
 import pytest
-from backends import skip_unless
+from backends import bodies, skip_unless
 
-from claim_queues import ClaimLost, ConfigError, Settlement
-
-
-def test_a_renewed_claim_holds_for_its_ttl_from_the_renewal(service, queue, terms, ttl):
-    holder, rival = service.queues, service.another()
-    holder.post(queue, ["held"])
-    claim = holder.claim(queue, **terms, limit=1)
-    service.advance(ttl / 2)
-
-    holder.renew(claim, ttl=ttl)
-
-    service.advance(ttl * 3 / 4)
-    assert rival.claim(queue, **terms, limit=1) is None
-    service.advance(ttl / 4 + 1)
-    assert rival.claim(queue, **terms, limit=1)
+from claim_queues import ClaimLost, Settlement
 
 
-def test_a_renewal_may_shorten_a_claim(service, queues, queue, terms, ttl):
+def test_a_renewed_claim_holds_for_its_ttl_from_the_renewal(service, queues, rival, queue, claim):
     queues.post(queue, ["held"])
-    claim = queues.claim(queue, **{**terms, "ttl": 10 * ttl}, limit=1)
+    held = claim(queues)
+    service.advance(30)
 
-    queues.renew(claim, ttl=ttl)
+    before = time.monotonic()
+    queues.renew(held)
+    after = time.monotonic()
 
-    service.advance(ttl + 1)
-    assert queues.claim(queue, **terms, limit=1)
-
-
-def test_a_renewed_claim_can_settle_after_its_first_ttl(service, queues, queue, terms, ttl):
-    queues.post(queue, ["slow"])
-    claim = queues.claim(queue, **terms, limit=1)
-    service.advance(ttl / 2)
-    queues.renew(claim, ttl=ttl)
-    service.advance(ttl * 3 / 4)
-
-    settled = queues.settle(claim, [Settlement(claim.messages[0])])
-
-    assert settled.deleted == {claim.messages[0].id}
+    assert before + 58 <= held.expires_at <= after + 58
+    service.advance(45)
+    assert claim(rival) is None
+    service.advance(16)
+    assert bodies(claim(rival)) == ["held"]
 
 
-def test_a_lapsed_claim_cannot_be_renewed(service, queues, queue, terms, ttl):
-    queues.post(queue, ["lapsed"])
-    claim = queues.claim(queue, **terms, limit=1)
-
-    service.advance(ttl + 1)
-
-    with pytest.raises(ClaimLost):
-        queues.renew(claim, ttl=ttl)
-    assert queues.claim(queue, **terms, limit=1)
-
-
-def test_a_released_claim_cannot_be_renewed(queues, queue, terms, ttl):
-    queues.post(queue, ["given back"])
-    claim = queues.claim(queue, **terms, limit=1)
-    queues.release(claim)
-
-    with pytest.raises(ClaimLost):
-        queues.renew(claim, ttl=ttl)
-    assert queues.claim(queue, **terms, limit=1)
-
-
-def test_a_lapsed_claim_cannot_renew_what_another_holds(service, queue, terms, ttl):
-    holder, rival = service.queues, service.another()
-    holder.post(queue, ["taken over"])
-    lapsed = holder.claim(queue, **terms, limit=1)
-    service.advance(ttl + 1)
-    rival.claim(queue, **terms, limit=1)
-
-    with pytest.raises(ClaimLost):
-        holder.renew(lapsed, ttl=10 * ttl)
-
-    service.advance(ttl + 1)
-    assert holder.claim(queue, **terms, limit=1)
-
-
-def test_a_claim_is_renewed_for_the_messages_that_are_still_open(service, queues, queue, terms, ttl):
+def test_a_claim_is_renewed_for_the_messages_that_it_still_holds(service, queues, queue, claim):
     queues.post(queue, ["settled", "open"])
-    claim = queues.claim(queue, **terms, limit=2)
-    settled, still_open = claim.messages
-    queues.settle(claim, [Settlement(settled)])
-    service.advance(ttl / 2)
+    held = claim(queues, 2)
+    settled, still_open = held.messages
+    queues.settle(held, [Settlement(settled)])
+    service.advance(30)
 
-    queues.renew(claim, ttl=ttl, messages=[still_open])
+    queues.renew(held)
 
-    service.advance(ttl * 3 / 4)
-    assert queues.claim(queue, **terms, limit=2) is None
-    assert queues.settle(claim, [Settlement(still_open)]).deleted == {still_open.id}
+    assert held.messages == (still_open,)
+    service.advance(45)
+    assert claim(queues, 2) is None
+    assert queues.settle(held, [Settlement(still_open)]).deleted == {still_open.id}
 
 
-def test_a_renewal_does_not_count_as_a_receive(service, queues, queue, terms, ttl):
-    skip_unless(queues.limits.counts_receives, "does not count receives")
-    queues.post(queue, ["held"])
-    queues.renew(queues.claim(queue, **terms, limit=1), ttl=ttl)
-    service.advance(ttl + 1)
+def test_a_lapsed_claim_cannot_be_renewed(service, queues, queue, claim):
+    queues.post(queue, ["lapsed"])
+    lapsed = claim(queues)
 
-    assert queues.claim(queue, **terms, limit=1).messages[0].receive_count == 2
+    service.advance(61)
+
+    with pytest.raises(ClaimLost):
+        queues.renew(lapsed)
+    assert claim(queues)
+
+
+def test_a_released_claim_cannot_be_renewed(queues, queue, claim):
+    queues.post(queue, ["given back"])
+    released = claim(queues)
+    queues.release(released)
+
+    with pytest.raises(ClaimLost):
+        queues.renew(released)
+    assert claim(queues)
+
+
+def test_a_lapsed_claim_cannot_renew_what_another_holds(service, queues, rival, queue, claim):
+    queues.post(queue, ["taken over"])
+    lapsed = queues.claim(queue, ttl=120, grace=60, limit=1)
+    service.advance(121)
+    claim(rival)
+
+    with pytest.raises(ClaimLost):
+        queues.renew(lapsed)
+
+    service.advance(61)
+    assert claim(queues)
 
 
 def test_a_message_that_would_expire_in_a_renewed_claim_lives_on_until_the_grace_after_it(
-    service, queue, limits, terms, ttl
+    service, queues, rival, queue, limits, claim
 ):
-    skip_unless(limits.grace, "lets messages expire while they are claimed")
-    holder, rival = service.queues, service.another()
-    holder.post(queue, ["short-lived"], ttl=limits.message_ttl.low + ttl)
-    claim = holder.claim(queue, **terms, limit=1)
-    held_for = limits.message_ttl.low + 2 * ttl
+    skip_unless(limits.has_grace, "lets messages expire while they are claimed")
+    queues.post(queue, ["short-lived"], ttl=80)
+    held = claim(queues)
+    service.advance(30)
 
-    holder.renew(claim, ttl=held_for)
+    queues.renew(held)
 
-    service.advance(held_for + 1)
-    assert rival.claim(queue, **terms, limit=1)
-
-
-def test_a_renewal_out_of_range_is_refused_and_changes_nothing(service, queues, queue, terms, ttl):
-    queues.post(queue, ["held"])
-    claim = queues.claim(queue, **terms, limit=1)
-
-    for wrong in (
-        queues.limits.claim_ttl.low - 1,
-        queues.limits.claim_ttl.high + 1,
-        queues.limits.claim_ttl.low + 0.5,
-        True,
-    ):
-        with pytest.raises(ConfigError):
-            queues.renew(claim, ttl=wrong)
-
-    assert queues.claim(queue, **terms, limit=1) is None
-    service.advance(ttl + 1)
-    assert queues.claim(queue, **terms, limit=1)
+    service.advance(61)
+    assert claim(rival)

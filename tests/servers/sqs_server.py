@@ -1,26 +1,28 @@
-"""moto's server with its SQS made safe for threads: `python sqs_server.py PORT`, on loopback.
+"""moto's SQS made safe for threads and as strict as Amazon's: `python sqs_server.py PORT`, on loopback.
 
-One path is added: POST /test-clock with a number of seconds moves the clock of SQS on.
+POST /test-clock with a number of seconds makes all messages so much older, and ends what would have ended by then.
 
-moto 5.2.5 changes a queue's list of messages from all threads without a lock: two receives can take the same message,
-and a delete can drop a message that is being posted.
+moto 5.2.5 changes a queue's list of messages from all threads without a lock, counts characters where SQS counts bytes,
+and takes bodies that SQS refuses.
 """
 
 import functools
 import logging
+import re
 import sys
 import threading
 import time
-import types
 
 import moto.server
-import moto.sqs.models
-from moto.sqs.models import SQSBackend
+from moto.sqs.exceptions import SQSException
+from moto.sqs.models import SQSBackend, sqs_backends
 
 LOCK = threading.RLock()
 LOOK_EVERY_S = 0.05
-receive_now = SQSBackend.receive_message
-clock = types.SimpleNamespace(ahead_s=0.0)
+REFUSED = re.compile("[^\x09\x0a\x0d\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|^$")
+"""SendMessage: "#x9 | #xA | #xD | #x20 to #xD7FF | #xE000 to #xFFFD | #x10000 to #x10FFFF", and not empty."""
+MOST_BYTES = 1_048_576
+originals = {name: getattr(SQSBackend, name) for name in vars(SQSBackend)}
 
 
 def one_at_a_time(method):
@@ -37,12 +39,40 @@ def receive_message(self, queue_name, count, wait_seconds_timeout, *args, **opti
     give_up_at = time.monotonic() + wait_seconds_timeout
     while True:
         with LOCK:
-            found = receive_now(self, queue_name, count, 0, *args, **options)
+            found = originals["receive_message"](self, queue_name, count, 0, *args, **options)
         if found or time.monotonic() >= give_up_at:
             return found
         self.get_queue(queue_name).wait_for_messages(LOOK_EVERY_S)
 
 
+def send_message_batch(self, queue_name, entries):
+    for entry in entries.values():
+        if REFUSED.search(entry["MessageBody"]):
+            raise SQSException("InvalidMessageContents", "Invalid characters found.")
+    if sum(len(entry["MessageBody"].encode()) for entry in entries.values()) > MOST_BYTES:
+        raise SQSException("AWS.SimpleQueueService.BatchRequestTooLong", f"More than {MOST_BYTES} bytes.")
+    return originals["send_message_batch"](self, queue_name, entries)
+
+
+def pass_time(seconds):
+    with LOCK:
+        backends = [backend for account in sqs_backends.values() for backend in account.values()]
+        for message in [each for backend in backends for queue in backend.queues.values() for each in queue._messages]:
+            message.sent_timestamp -= int(seconds * 1000)
+            message.visible_at -= seconds * 1000
+
+
+class Application(moto.server.DomainDispatcherApplication):
+    def __call__(self, environ, start_response):
+        if environ["PATH_INFO"] != "/test-clock":
+            return super().__call__(environ, start_response)
+        pass_time(float(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))))
+        start_response("204 No Content", [])
+        return []
+
+
+SQSBackend.receive_message = receive_message
+SQSBackend.send_message_batch = send_message_batch
 for name in (
     "create_queue",
     "send_message_batch",
@@ -51,20 +81,6 @@ for name in (
     "purge_queue",
 ):
     setattr(SQSBackend, name, one_at_a_time(getattr(SQSBackend, name)))
-SQSBackend.receive_message = receive_message
-moto.sqs.models.unix_time = lambda: time.time() + clock.ahead_s
-moto.sqs.models.unix_time_millis = lambda: (time.time() + clock.ahead_s) * 1000
-
-
-class Application(moto.server.DomainDispatcherApplication):
-    def __call__(self, environ, start_response):
-        if environ["PATH_INFO"] != "/test-clock":
-            return super().__call__(environ, start_response)
-        clock.ahead_s += float(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
-        start_response("200 OK", [("Content-Type", "text/plain")])
-        return [str(clock.ahead_s).encode()]
-
-
 moto.server.DomainDispatcherApplication = Application
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
 moto.server.main(["-H", "127.0.0.1", "-p", sys.argv[1]])

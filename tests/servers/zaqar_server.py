@@ -2,7 +2,7 @@
 
 Usage: python zaqar_server.py PORT DRIVER [REDIS_PORT]
 
-DRIVER: mongodb (on mongomock, in memory) or redis. Zaqar 18 serves API v1 beside v2, later ones v2 alone.
+DRIVER: mongodb (on mongomock, in memory) or redis. Zaqar 18 serves API v1 and v2, later ones v2 alone.
 One path is added: POST /test-clock with a number of seconds moves the server's clock on (mongodb driver alone).
 """
 

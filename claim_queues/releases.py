@@ -1,0 +1,37 @@
+"""Claims that come back later, also where the service cannot delay a release."""
+
+import threading
+import time
+
+from .base import Claim, Queues
+
+
+class Releases:
+    """Gives claims back after a delay. Where the service cannot delay they wait in a list, which `due` works off.
+
+    A claim whose delay is longer than its life is left to expire. Thread-safe.
+    """
+
+    def __init__(self, queues: Queues) -> None:
+        self._queues = queues
+        self._waiting: list[tuple[float, Claim]] = []
+        self._working = threading.Lock()
+
+    def add(self, claim: Claim, delay: float) -> None:
+        """Release the claim in `delay` seconds."""
+        if not delay or self._queues.limits.release_delay:
+            self._queues.release(claim, delay=min(delay, self._queues.limits.release_delay))
+        elif claim.holds(delay):
+            self._waiting.append((time.monotonic() + delay, claim))
+
+    def due(self, *, all_at_once: bool = False) -> None:
+        """Release the claims whose time has come, unless another thread does. After QueueUnavailable call it again."""
+        if self._working.acquire(blocking=False):
+            try:
+                for entry in self._waiting.copy():
+                    if all_at_once or entry[0] <= time.monotonic():
+                        if entry[1].holds(0):
+                            self._queues.release(entry[1])
+                        self._waiting.remove(entry)
+            finally:
+                self._working.release()

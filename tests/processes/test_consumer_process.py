@@ -1,0 +1,382 @@
+"""The consumer as a process: a request's whole way, signals, crashes, batches, --check."""
+
+import json
+import signal
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+from doubles.scripted_maker import Post, Reply, ScriptedMaker, Silence
+from rig import REQUESTS, Rig, numbered
+from support import free_port, under, wait_until
+
+FROM_A_MAKER = {"error": {"code": "bad_id", "message": "no such shape"}}
+
+
+# One request's way
+
+
+def test_a_request_is_posted_with_its_message_answered_deleted_and_forgotten(rig: Rig) -> None:
+    request = {"widget_id": "a", "colour": "grün", "count": 2**53}
+    [message_id] = rig.post_bodies(request)
+    with rig.consumer("--poll-interval", 0.1) as consumer:
+        rig.wait(lambda: rig.responses() and not rig.left())
+        consumer.signal(signal.SIGTERM)
+        assert consumer.exit_code() == 0
+
+    [post] = rig.maker.posts
+    [response] = rig.responses()
+    assert (post.path, post.json) == ("/widgets", request)
+    assert (post.headers["Idempotency-Key"], post.headers["webhook-id"]) == (message_id, message_id)
+    assert post.headers["X-Message-Receive-Count"] == "1"
+    assert post.headers["X-Message-Queue"] == "itchy-octo-chainsaw-request"
+    assert int(post.headers["X-Message-Age"]) < 60
+    assert response.pop("response_id")
+    assert response == {
+        "version": 1,
+        "request_id": message_id,
+        "widget_id": "a",
+        "outcome": "created",
+        "reason": "",
+        "status": 201,
+        "receive_count": 1,
+    }
+    assert rig.counted() == 0
+    assert [event["outcome"] for event in consumer.events("created")] == ["created"]
+    assert (consumer.out, "Traceback" in consumer.err) == ("", False)
+
+
+def test_what_always_fails_is_a_dead_letter_after_max_receives_while_others_pass(rig: Rig) -> None:
+    [bad_id, *_] = rig.post("bad", *numbered("good", 9))
+    rig.maker.answer = lambda post: 500 if post.widget_id == "bad" else rig.maker.make(post)
+
+    rig.drain("--max-receives", 3)
+
+    [letter] = rig.letters()
+    first, last = letter.pop("first_received_at"), letter.pop("last_received_at")
+    assert first[:20] < last
+    assert (first[10], first[-1], len(first)) == ("T", "Z", len("2026-01-02T03:04:05.678Z"))
+    assert letter == {
+        "version": 1,
+        "request_id": bad_id,
+        "queue": "itchy-octo-chainsaw-request",
+        "body": {"widget_id": "bad"},
+        "reason": "HTTP 500: scripted 500",
+        "status": 500,
+        "receive_count": 3,
+    }
+    posts = [post.headers["X-Message-Receive-Count"] for post in rig.maker.posts_of("bad")]
+    assert posts == ["1", "2", "3"]
+    assert rig.outcomes() == {"bad": "failed"} | dict.fromkeys(numbered("good", 9), "created")
+    assert rig.counted() == 0
+
+
+def test_a_repeated_failure_waits_longer_each_time(rig: Rig) -> None:
+    rig.post("bad")
+    rig.maker.answer = lambda post: 500
+
+    consumer = rig.drain("--max-receives", 3, hurry=False)
+
+    first, second, third = (post.at for post in rig.maker.posts)
+    assert second - first < 1 + 5
+    assert third - second < 2 + 5
+    assert [event["charged"] for event in consumer.events("failed, comes back")] == [1, 1]
+
+
+def test_a_rejected_request_is_answered_with_the_makers_reason(rig: Rig) -> None:
+    rig.post("bad")
+    rig.maker.answer = lambda post: Reply(422, FROM_A_MAKER)
+
+    rig.drain()
+
+    [response] = rig.responses()
+    assert (response["outcome"], response["status"], response["reason"]) == ("rejected", 422, "no such shape")
+    assert (rig.left(), len(rig.letters()), len(rig.maker.posts)) == (0, 0, 1)
+
+
+def test_two_consumers_share_the_work_and_nothing_is_made_twice(rig: Rig) -> None:
+    ids = numbered("w", 60)
+    rig.post(*ids)
+    with rig.consumer("--drain", "--poll-interval", 0.1) as one, rig.consumer("--drain", "--poll-interval", 0.1) as two:
+        assert (one.exit_code(), two.exit_code()) == (0, 0)
+
+    assert rig.maker.made == Counter(ids)
+    assert rig.outcomes() == dict.fromkeys(ids, "created")
+
+
+# Signals
+
+
+def test_the_first_signal_lets_posts_end_and_frees_the_rest_at_once(rig: Rig) -> None:
+    go_on = threading.Event()
+    rig.post(*numbered("quick", 4))
+    rig.maker.answer = lambda post: (post.widget_id < "r" or go_on.wait(30)) and rig.maker.make(post)
+    with rig.consumer("--slots", 2, "--deadline", 20, "--poll-interval", 0.1) as consumer:
+        wait_until(lambda: len(rig.responses()) == 4)  # it knows now that its maker is quick, and claims more at once
+        rig.post(*numbered("slow", 10))
+        wait_until(lambda: len(rig.maker.posts) == 4 + 2 and rig.queues.stats(REQUESTS).claimed == 10)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # at once, as GNU timeout sends two: they are one
+            consumer.signal(number)
+        wait_until(lambda: "stopping" in consumer.err)
+        go_on.set()
+        assert consumer.exit_code() == 0
+
+    assert len(rig.maker.made) == len(rig.responses()) == 4 + 2
+    assert rig.queues.stats(REQUESTS).free == 8
+    assert rig.counted() == 0
+
+
+@pytest.mark.parametrize(("second", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_the_consumer_at_once(rig: Rig, second: int, code: int) -> None:
+    rig.post("w")
+    rig.maker.answer = lambda post: rig.maker.hang()
+    with rig.consumer("--deadline", 30) as consumer:
+        wait_until(lambda: rig.maker.posts)
+        consumer.signal(signal.SIGTERM)
+        # Those that come too soon to be a second one change nothing.
+        wait_until(lambda: consumer.signal(second) or consumer.process.poll() is not None, seconds=10)
+        assert consumer.exit_code() == code
+    assert rig.left() == 1
+
+
+def test_a_signal_ends_a_consumer_that_waits_for_messages_or_its_maker_promptly(rig: Rig) -> None:
+    rig.post("first")
+    with rig.consumer("--poll-interval", 20) as idle:
+        wait_until(rig.responses)
+        idle.signal(signal.SIGINT)
+        assert idle.exit_code(10) == 0
+
+    rig.post(*numbered("w", 12))
+    with rig.consumer("--maker-url", f"http://127.0.0.1:{free_port()}/widgets") as waiting:
+        rig.wait(lambda: waiting.events("the maker fails: trying it with one claim at a time"))
+        waiting.signal(signal.SIGTERM)
+        assert waiting.exit_code(10) == 0
+    stats = rig.queues.stats("itchy-octo-chainsaw-request")
+    assert (stats.total, stats.claimed) == (12, 0)
+
+
+def test_signals_that_were_ignored_at_the_start_stay_ignored(rig: Rig) -> None:
+    with rig.consumer("--poll-interval", 0.1, prefix=under("trap '' HUP INT")) as consumer:
+        rig.post("before")
+        wait_until(rig.responses)
+        consumer.signal(signal.SIGHUP)
+        consumer.signal(signal.SIGINT)
+        time.sleep(0.7)  # time enough to obey them
+        rig.post("after")
+        wait_until(lambda: len(rig.responses()) == 2)
+        consumer.signal(signal.SIGTERM)
+        assert consumer.exit_code() == 0
+
+
+# Crashes
+
+
+def test_what_a_killed_consumer_held_is_received_again_once_its_claim_has_expired(rig: Rig) -> None:
+    ids = numbered("w", 6)
+    rig.post(*ids)
+
+    def make_and_say_nothing(post: Post) -> Silence:
+        rig.maker.make(post)
+        rig.maker.hang()
+        return Silence.CUT
+
+    rig.maker.answer = make_and_say_nothing
+    with rig.consumer("--slots", 3, "--deadline", 30) as killed:
+        wait_until(lambda: len(rig.maker.posts) == 3)
+        killed.kill()
+    assert rig.queues.stats(REQUESTS).free < 6
+    rig.maker.answer = rig.maker.make
+
+    rig.end_claims()
+    rig.drain("--slots", 3)
+
+    assert rig.outcomes() == dict.fromkeys(ids, "created")
+    assert sorted(rig.maker.made) == ids
+    assert [int(post.headers["X-Message-Receive-Count"]) for post in rig.maker.posts[3:]].count(2) == 3
+
+
+@pytest.mark.parametrize("most", [2, 3])
+def test_a_message_that_kills_its_consumer_is_posted_max_receives_times_and_takes_no_other_along(
+    rig: Rig, most: int
+) -> None:
+    rig.post("w0", "killer", *numbered("x", 8))
+
+    def kill(post: Post) -> Reply:
+        if post.widget_id == "killer":
+            running.process.send_signal(signal.SIGKILL)
+        return rig.maker.make(post)
+
+    rig.maker.answer = kill
+    for _ in range(most):
+        with rig.consumer("--slots", 4, "--max-receives", most) as running:
+            assert running.exit_code() == -signal.SIGKILL
+        rig.end_claims()
+    with rig.consumer("--slots", 4, "--max-receives", most, "--drain", "--poll-interval", 0.1) as running:
+        rig.wait(lambda: running.process.poll() is not None)
+
+    assert rig.dead() == ["killer"]
+    assert len(rig.maker.posts_of("killer")) == most
+    assert rig.outcomes() == {"killer": "failed"} | dict.fromkeys(["w0", *numbered("x", 8)], "created")
+
+
+def test_a_message_that_kills_the_maker_becomes_a_dead_letter_and_takes_no_other_along(rig: Rig) -> None:
+    rig.post("w0", "killer", *numbered("x", 18))
+
+    def die(post: Post) -> Reply | Silence:
+        if post.widget_id != "killer":
+            time.sleep(0.05)  # so that others are under way
+            return rig.maker.make(post)
+        with rig.maker.down():
+            if len(rig.maker.posts_of("killer")) > 1:
+                time.sleep(0.3)
+            else:  # the maker starts so slowly that the killer is tried in vain meanwhile, which proves nothing
+                tried = len(refused())
+                rig.wait(lambda: len(refused()) > tried)
+        return Silence.CUT
+
+    def refused() -> list[Any]:
+        failed = running.events("failed, comes back")
+        return [event for event in failed if event["widget"] == "killer" and "connect" in event["reason"]]
+
+    rig.maker.answer = die
+    with rig.consumer("--drain", "--poll-interval", 0.1, "--max-receives", 3) as running:
+        rig.wait(lambda: running.process.poll() is not None)
+
+    assert rig.dead() == ["killer"]
+    assert len(rig.maker.posts_of("killer")) == 2 + 3  # charged once it is POSTed alone
+    assert rig.outcomes() == {"killer": "failed"} | dict.fromkeys(["w0", *numbered("x", 18)], "created")
+
+
+def test_a_consumer_whose_claim_was_lost_stores_no_second_outcome(rig: Rig) -> None:
+    rig.post("w")
+    go_on = threading.Event()
+    rig.maker.answer = lambda post: go_on.wait(30) and rig.maker.make(post)
+    with rig.consumer("--deadline", 20) as loser:
+        wait_until(lambda: rig.maker.posts)
+        rig.end_claims()
+        with rig.consumer("--drain", "--poll-interval", 0.1) as winner:
+            wait_until(lambda: len(rig.maker.posts) == 2)
+            go_on.set()
+            assert winner.exit_code() == 0
+        wait_until(lambda: "claim lost" in loser.err)
+        loser.signal(signal.SIGTERM)
+        assert loser.exit_code() == 0
+    assert rig.outcomes() == {"w": "created"}
+
+
+def test_a_message_that_was_received_before_is_posted_once_a_receive(rig: Rig) -> None:
+    ids = numbered("w", 8)
+    rig.post(*ids)
+    used: set[int] = set()
+
+    def close_what_was_used_before(post: Post) -> Reply | int | Silence:
+        if post.connection in used:
+            return Silence.CUT
+        used.add(post.connection)
+        return rig.maker.make(post) if int(post.headers["X-Message-Receive-Count"]) > 3 else 503
+
+    rig.maker.answer = close_what_was_used_before
+    rig.drain("--slots", 2, "--max-receives", 10)
+
+    seen = Counter((post.widget_id, int(post.headers["X-Message-Receive-Count"])) for post in rig.maker.posts)
+    counts = {response["widget_id"]: response["receive_count"] for response in rig.responses()}
+    assert {key: times for key, times in seen.items() if times > 1 and key[1] > 1} == {}
+    assert {id_: max(count for found, count in seen if found == id_) for id_ in ids} == counts
+
+
+# Batches
+
+
+def test_each_request_of_a_batch_is_judged_by_itself(rig: Rig) -> None:
+    good = numbered("good", 16)
+    rig.post("bad", "left out", "rejected", *good)
+
+    def answer(post: Post) -> Reply | int | Silence:
+        if post.widget_id == "left out" and not any(each.widget_ids == ["left out"] for each in rig.maker.posts):
+            return Silence.LEFT_OUT
+        return {"bad": 500, "rejected": 422}.get(post.widget_id) or rig.maker.make(post)
+
+    rig.maker.answer = answer
+    rig.drain("--post-batch", 4, "--slots", 1, "--max-receives", 3)
+
+    first, *_ = rig.maker.posts
+    assert (first.path, first.widget_ids) == ("/widgets/batch", ["bad", "left out", "rejected", "good0"])
+    assert [(item["receive_count"], item["age"] < 60) for item in first.json] == [(1, True)] * 4
+    again = [post for post in rig.maker.posts if not post.is_batch]
+    assert [post.headers["X-Message-Receive-Count"] for post in again if post.widget_id == "left out"] == ["2"]
+    assert rig.dead() == ["bad"]
+    assert rig.outcomes() == {"bad": "failed", "rejected": "rejected"} | dict.fromkeys(["left out", *good], "created")
+    assert rig.maker.made == Counter(["left out", *good])
+
+
+def test_a_batch_that_fails_as_a_whole_is_posted_one_by_one_and_charged_to_none(rig: Rig) -> None:
+    ids = numbered("w", 8)
+    rig.post("kills batches", *ids)
+
+    def answer(post: Post) -> Reply | Silence:
+        is_batch = rig.maker.posts[-1].is_batch
+        return Silence.CUT if is_batch and post.widget_id == "kills batches" else rig.maker.make(post)
+
+    rig.maker.answer = answer
+    consumer = rig.drain("--post-batch", 3, "--slots", 1, "--max-receives", 2)
+
+    assert rig.outcomes() == dict.fromkeys(["kills batches", *ids], "created")
+    assert consumer.events("failed, comes back") == []
+    assert [post.widget_ids for post in rig.maker.posts if post.is_batch][-2:] == [ids[2:5], ids[5:8]]
+
+
+def test_a_maker_that_knows_no_batches_gets_one_and_then_single_requests(rig: Rig) -> None:
+    ids = numbered("w", 12)
+    rig.post(*ids)
+    rig.maker.takes_batches = False
+
+    rig.drain("--post-batch", 4, "--slots", 1)
+
+    assert [len(post.widget_ids) for post in rig.maker.posts if post.is_batch][:1] == [4]
+    assert sum(post.is_batch for post in rig.maker.posts) <= 5  # those of the first claim
+    assert rig.maker.made == Counter(ids)
+
+
+# --check
+
+
+def test_check_says_what_is_wrong_and_takes_no_message(rig: Rig) -> None:
+    rig.post("w")
+    rig.maker.answer = lambda post: Reply(422, FROM_A_MAKER)
+    with rig.consumer("--check") as well:
+        assert well.exit_code() == 0, well.out
+    assert [post.json for post in rig.maker.posts] == [{"widget_id": ""}]
+
+    rig.maker.says_maker = False  # another API that answers so
+    with rig.consumer("--check") as foreign:
+        assert foreign.exit_code() == 1
+    with rig.consumer("--check", "--maker-url", rig.maker.url + "/elsewhere", "--health-url", rig.maker.url) as sick:
+        rig.maker.answer = lambda post: Reply(404)
+        assert sick.exit_code() == 1
+    with ScriptedMaker() as gone:
+        pass
+    with rig.consumer("--check", "--maker-url", gone.url) as alone:
+        assert alone.exit_code() == 1
+
+    assert "Widget-Maker" in foreign.out
+    assert "404" in sick.out
+    assert gone.url in alone.out
+    assert (rig.left(), rig.responses()) == (1, [])
+
+
+# The log
+
+
+def test_the_log_is_one_line_an_event_in_both_forms(rig: Rig) -> None:
+    for form in ("text", "json"):
+        rig.post("two\nlines \x1b[31m", "\ud800", "x" * 5000)
+        rig.post_bodies("no\nrequest")
+        consumer = rig.drain("--log-format", form)
+        lines = [line for line in consumer.err.splitlines() if "waiting: messages are claimed" not in line]
+        assert len(lines) == 1 + 4 + 1, lines
+        assert "\x1b" not in consumer.err
+    events = [json.loads(line) for line in lines]
+    assert (events[0]["event"], events[-1]["event"], events[-1]["created"]) == ("consuming", "drained", 3)
+    assert sorted(event["event"] for event in events[1:-1]) == ["created"] * 3 + ["dead letter"]

@@ -1,0 +1,279 @@
+"""The maker as a process: signals, crashes, slow clients, files that are full or gone, wrong options."""
+
+import json
+import os
+import resource
+import signal
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+import requests
+from doubles.signing_double import OLD_SECRET, SECRET, signed, traces
+from support import free_port, is_healthy, run_script, script, under, wait_until, widget_maker, widgets
+
+ID = "31f37378-54f4-11e5-ad75-3c970e65f731"
+BODY = json.dumps({"widget_id": ID}).encode()
+HEAD = b"POST /widgets HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+SHORT_S = 5.0
+
+
+def post(url: str, widget_id: str = ID) -> requests.Response:
+    return requests.post(f"{url}/widgets", json={"widget_id": widget_id}, timeout=20)
+
+
+def number_n(number: int) -> str:
+    return f"{number:08x}-54f4-11e5-ad75-3c970e65f731"
+
+
+@contextmanager
+def connected(url: str, *texts: bytes) -> Iterator[list[socket.socket]]:
+    """A connection for each text, which is sent and not more."""
+    host, port = url.removeprefix("http://").split(":")
+    found = []
+    try:
+        for text in texts:
+            found.append(socket.create_connection((host, int(port)), timeout=SHORT_S))
+            found[-1].sendall(text)
+        yield found
+    finally:
+        for connection in found:
+            connection.close()
+
+
+def answer_to(url: str, text: bytes) -> str:
+    """All that comes back until the maker closes the connection."""
+    with connected(url, text) as (connection,), closing(connection.makefile("rb")) as received:
+        return received.read().decode()
+
+
+def has_counted(url: str, sample: str) -> bool:
+    return sample in requests.get(f"{url}/metrics", timeout=5).text
+
+
+def test_300_half_sent_requests_keep_nobody_waiting(tmp_path: Path) -> None:
+    starts = [HEAD + b"Content-Le", HEAD + b"Content-Length: 999\r\n\r\n{", b""] * 100
+    with widget_maker(tmp_path) as (url, _), connected(url, *starts):
+        for number in range(20):
+            assert requests.get(f"{url}/healthz", timeout=SHORT_S).status_code == 200
+            assert post(url, number_n(number)).status_code == 201
+
+
+def test_posts_that_are_kept_waiting_on_purpose_keep_neither_a_probe_nor_a_stop_waiting(tmp_path: Path) -> None:
+    whole = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+    starts = [HEAD, HEAD + b"Content-Length: 999\r\n\r\n{", *[whole] * 40]
+    with widget_maker(tmp_path, "--latency", 60) as (url, maker), connected(url, *starts):
+        wait_until(lambda: has_counted(url, 'fault="latency"} 40.0'))
+        assert requests.get(f"{url}/healthz", timeout=SHORT_S).status_code == 200
+        for _ in range(5):  # in quick succession, as from a terminal and a supervisor
+            maker.signal(signal.SIGTERM)
+        assert maker.exit_code(SHORT_S) == 0
+
+
+def test_a_body_in_chunks_is_taken_once_it_is_whole_and_a_cut_one_never(tmp_path: Path) -> None:
+    head = HEAD + b"Transfer-Encoding: chunked\r\nConnection: close\r\n"
+    chunk = b"\r\n%x\r\n%s\r\n" % (len(BODY), BODY)
+    with widget_maker(tmp_path) as (url, _):
+        with connected(url, head + chunk, head + chunk + b"5\r\nab") as cut:
+            for connection in cut:
+                connection.shutdown(socket.SHUT_WR)
+                assert connection.recv(1000) == b""
+        assert not answer_to(url, head + chunk + b"no length\r\n").startswith("HTTP/1.1 20")
+        assert widgets(url) == []
+        for length in (b"", b"Content-Length: 5\r\n"):
+            text = head.replace(b"Connection", length + b"Connection") + chunk + b"0\r\n\r\n"
+            assert answer_to(url, text).startswith("HTTP/1.1 20")
+        assert widgets(url) == [ID]
+
+
+@pytest.mark.parametrize("size", [65_537, 1_000_000])
+def test_a_request_that_is_too_large_is_rejected_in_the_makers_own_words(tmp_path: Path, size: int) -> None:
+    with widget_maker(tmp_path) as (url, _):
+        headers = {"Content-Type": "application/json"}
+        answer = requests.post(f"{url}/widgets", data=BODY.ljust(size), headers=headers, timeout=5)
+        assert (answer.status_code, answer.headers["Widget-Maker"]) == (413, "1")
+        assert answer.json()["error"]["code"] == "request_entity_too_large"
+        assert widgets(url) == []
+
+
+def test_what_is_not_http_is_refused_by_no_answer_that_would_reject_a_request(tmp_path: Path) -> None:
+    far_too_large = HEAD + b"Content-Length: 999999999\r\n\r\n"
+    with widget_maker(tmp_path) as (url, maker):
+        for text in (b"\x16\x03\x01\x02\x00\r\n\r\n", HEAD + b"Content-Length: -1\r\n\r\n", far_too_large):
+            head, _, body = answer_to(url, text).partition("\r\n\r\n")
+            assert head.startswith("HTTP/1.")
+            assert "widget-maker" not in head.lower()
+            assert "{" not in body
+        head = answer_to(url, b"GET /healthz HTTP/1.0\r\n\r\n")  # as of a probe, which names no host
+        assert head.startswith("HTTP/1.0 200 ")
+        assert "\r\nServer:" not in head
+        assert "Traceback" not in maker.err
+
+
+def test_hostile_signatures_are_answered_401(tmp_path: Path) -> None:
+    (tmp_path / "secrets").write_text(f"{SECRET} {OLD_SECRET}")
+    changes: list[dict[str, str]] = [
+        {"webhook-signature": "v1,\xe9\xff"},
+        {"webhook-id": "\xe9"},
+        {"webhook-signature": " ".join(["v1,AAAA"] * 20_000)},
+        {"webhook-timestamp": "9" * 5_000},
+    ]
+    with widget_maker(tmp_path, "--signing-secret-file", tmp_path / "secrets") as (url, maker):
+        for change in changes:
+            headers = {"Content-Type": "application/json"} | signed(BODY) | change
+            encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+            answer = requests.post(f"{url}/widgets", data=BODY, headers=encoded, timeout=5)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "bad_signature")
+        assert widgets(url) == []
+        assert "Traceback" not in maker.err
+
+
+def test_it_says_that_it_makes_widgets_once_it_listens_and_nothing_else(tmp_path: Path) -> None:
+    port = free_port()
+    options = "--port", port, "--database", tmp_path / "widgets.sqlite3"
+    with script("widget_maker.py", *options, cwd=tmp_path) as maker:
+        wait_until(lambda: "making widgets" in maker.err)
+        assert requests.get(f"http://127.0.0.1:{port}/healthz", timeout=SHORT_S).status_code == 200
+        (line,) = maker.err.splitlines()
+        assert f"url=http://127.0.0.1:{port}/" in line
+        maker.signal(signal.SIGTERM)
+        assert maker.exit_code(SHORT_S) == 0
+        assert (maker.err.splitlines(), maker.out) == ([line], "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_stops_it_soon_and_leaves_one_file(tmp_path: Path, number: int) -> None:
+    with widget_maker(tmp_path) as (url, maker), requests.Session() as idle:
+        idle.post(f"{url}/widgets", json={"widget_id": ID}, timeout=5)
+        assert (tmp_path / "widgets.sqlite3-wal").stat().st_size > 0
+        os.killpg(maker.process.pid, number)
+        assert maker.exit_code(SHORT_S) == 0
+    assert [path.name for path in tmp_path.glob("widgets.sqlite3*")] == ["widgets.sqlite3"]
+
+
+def test_a_post_in_flight_is_answered_before_it_stops(tmp_path: Path) -> None:
+    with widget_maker(tmp_path, "--latency", 0.5) as (url, maker), ThreadPoolExecutor() as pool:
+        answer = pool.submit(post, url)
+        wait_until(lambda: has_counted(url, 'fault="latency"} 1.0'))
+        maker.signal(signal.SIGTERM)
+        assert answer.result().status_code == 201
+        assert maker.exit_code(SHORT_S) == 0
+
+
+def test_under_nohup_it_outlives_sighup(tmp_path: Path) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with script("widget_maker.py", "--port", port, cwd=tmp_path, prefix=under("trap '' HUP")) as maker:
+        wait_until(lambda: is_healthy(url))
+        maker.signal(signal.SIGHUP)
+        assert [post(url, number_n(number)).status_code for number in range(20)] == [201] * 20
+        maker.signal(signal.SIGTERM)
+        assert maker.exit_code(SHORT_S) == 0
+
+
+def test_widgets_outlive_sigkill_and_it_can_be_started_again_at_the_same_port_at_once(tmp_path: Path) -> None:
+    with widget_maker(tmp_path) as (url, maker):
+        made = [number_n(number) for number in range(9)]
+        assert [post(url, id_).status_code for id_ in made] == [201] * 9
+        maker.kill()
+        with widget_maker(tmp_path, port=int(url.rpartition(":")[2])) as (again, _):
+            assert widgets(again) == made[::-1]
+
+
+def test_a_port_in_use_and_a_host_that_is_not_there_are_one_line_and_exit_1(tmp_path: Path) -> None:
+    with widget_maker(tmp_path) as (url, _):
+        port = url.rpartition(":")[2]
+        for options, says in ((["--port", port], "Address already in use"), (["--host", "no.such.invalid"], "no.such")):
+            ended = run_script("widget_maker.py", *options, "--database", tmp_path / "other", cwd=tmp_path)
+            assert (ended.returncode, ended.stdout) == (1, "")
+            assert ended.stderr.startswith("error: cannot listen at ")
+            assert len(ended.stderr.splitlines()) == 1
+            assert says in ended.stderr
+        assert is_healthy(url)
+
+
+def test_a_full_disk_is_answered_503_and_the_page_can_be_read(tmp_path: Path) -> None:
+    with widget_maker(tmp_path) as (url, maker):
+        post(url)
+        limits = resource.prlimit(maker.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(maker.process.pid, resource.RLIMIT_FSIZE, (4096, limits[1]))
+        refused = post(url, number_n(1))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
+        assert refused.headers["Retry-After"] == "1"
+        assert requests.get(f"{url}/healthz", timeout=5).status_code == 503
+        assert ID in requests.get(f"{url}/", timeout=5).text
+        resource.prlimit(maker.process.pid, resource.RLIMIT_FSIZE, limits)
+        assert is_healthy(url)
+        assert post(url, number_n(1)).status_code == 201
+        assert "Traceback" not in maker.err
+
+
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["removed", "replaced"])
+@pytest.mark.parametrize("is_busy", [False, True], ids=["idle", "busy"])
+def test_a_file_that_is_removed_or_replaced_ends_it_with_exit_5(
+    tmp_path: Path, is_replaced: bool, is_busy: bool
+) -> None:
+    with widget_maker(tmp_path) as (url, maker), requests.Session() as connection:
+        post(url)
+        kept = tmp_path / "kept.sqlite3"
+        (tmp_path / "widgets.sqlite3").rename(kept)
+        if is_replaced:
+            (tmp_path / "widgets.sqlite3").write_bytes(b"")
+        if is_busy:
+            try:
+                refused = connection.post(f"{url}/widgets", json={"widget_id": number_n(1)}, timeout=5).status_code
+            except requests.ConnectionError:  # it has ended by then
+                refused = 503
+            assert refused == 503
+        assert maker.exit_code() == 5
+        assert maker.err.splitlines()[-1].startswith("error: ")
+        assert "Traceback" not in maker.err
+
+
+@pytest.mark.parametrize("database", ["missing/widgets.sqlite3", ".", "text"])
+def test_a_database_that_cannot_be_used_is_one_line_and_exit_5(tmp_path: Path, database: str) -> None:
+    (tmp_path / "text").write_text("this is not a database, and nobody may change it\n" * 100)
+    ended = run_script("widget_maker.py", "--port", free_port(), "--database", database, cwd=tmp_path)
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (5, 1)
+    assert (tmp_path / "text").read_text().startswith("this is not a database")
+
+
+def test_faults_and_hosts_can_be_set_by_options_and_by_the_environment(tmp_path: Path) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    options = ["--port", port, "--fail-rate", 1, "--fault-id", ID.upper(), "--fault-id", number_n(2)]
+    env = {"WIDGET_OUTAGE": "0:2", "WIDGET_ALLOWED_HOST": "Widgets.example other.example"}
+    with script("widget_maker.py", *options, cwd=tmp_path, env=env) as maker:
+        wait_until(lambda: "making widgets" in maker.err)
+        assert post(url, number_n(1)).status_code == 503
+        wait_until(lambda: is_healthy(url))
+        statuses = [post(url, widget_id).status_code for widget_id in (ID, number_n(1), number_n(2))]
+        assert statuses == [500, 201, 500]
+        for host, status in (("widgets.example", 200), ("other.example:80", 200), ("evil.example", 421)):
+            assert requests.get(f"{url}/", headers={"Host": host}, timeout=5).status_code == status
+    assert (tmp_path / "state" / "itchy-octo-chainsaw" / "widgets.sqlite3").exists()
+
+
+@pytest.mark.parametrize("host", ["localhost", "::1"])
+def test_it_listens_where_it_is_told_and_answers_to_that_name(tmp_path: Path, host: str) -> None:
+    port = free_port()
+    name = f"[{host}]" if ":" in host else host
+    with script("widget_maker.py", "--host", host, "--port", port, cwd=tmp_path):
+        wait_until(lambda: is_healthy(f"http://{name}:{port}"))
+        assert requests.get(f"http://{name}:{port}/widgets", timeout=5).status_code == 200
+
+
+OPTIONS = "--port=0 --fail-rate=1.1 --latency=-1 --outage=5 --outage=1:2:3 --allowed-host=x:80 --allowed-host= surplus"
+
+
+@pytest.mark.parametrize("option", [*OPTIONS.split(), "--allowed-host=http://x", f"--signing-secret-file={SECRET}"])
+def test_a_wrong_option_is_one_line_and_exit_2(tmp_path: Path, option: str) -> None:
+    ended = run_script("widget_maker.py", option, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: ")
+    assert len(ended.stderr.splitlines()) == 1
+    assert not any(trace in ended.stderr for trace in traces())
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,181 @@
+"""The producer and the operator's tool as processes: streams that fail or cannot hold an id, signals, terminals."""
+
+import fcntl
+import os
+import pty
+import re
+import shlex
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from support import HERE, script, wait_until
+
+from claim_queues.sqlite import SqliteQueues
+
+REQUESTS, RESPONSES, LETTERS = (f"itchy-octo-chainsaw-{kind}" for kind in ("request", "response", "dead-letter"))
+PRODUCER, TOOL = "widget_producer.py", "-m claim_queues"
+STOPPED = "stopped after what stands above"
+
+
+@pytest.fixture
+def queues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SqliteQueues]:
+    """The queues that the commands of the test take."""
+    monkeypatch.setenv("WIDGET_QUEUE_URL", f"sqlite:///{tmp_path}/q")
+    with SqliteQueues(tmp_path / "q") as found:
+        found.create(REQUESTS)
+        yield found
+
+
+def ids(queues: SqliteQueues, queue: str = REQUESTS) -> list[str]:
+    return [message.id for message in queues.browse(queue, limit=1_000_000)[0]]
+
+
+def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a line with the project's commands in it."""
+    for command in (PRODUCER, TOOL):
+        line = line.replace(command, f"{shlex.quote(sys.executable)} {command}")
+    variables = " ".join(f"export {name}={value};" for name, value in environment.items())
+    return subprocess.run(
+        ["/bin/sh", "-c", f"{variables} {line}"], cwd=HERE, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("redirection", "reason"), [(">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")]
+)
+def test_a_stdout_that_takes_nothing_is_exit_1_and_what_is_stored_stands_on_stderr(
+    redirection: str, reason: str, queues: SqliteQueues
+) -> None:
+    ended = shell(f"{PRODUCER} --count 2500 {redirection}")
+    *stored, error = ended.stderr.splitlines()
+    assert (ended.returncode, error) == (1, f"error: stdout: {reason}: {STOPPED}")
+    assert [line.split()[0] for line in stored] == ids(queues)
+    assert len(stored) == 1000  # a batch of the embedded queue
+
+
+def test_a_pipe_that_is_closed_early_loses_no_id_and_prints_no_traceback(queues: SqliteQueues) -> None:
+    ended = shell(f"{PRODUCER} --count 5000 | head -1")
+    *stored, error = ended.stderr.splitlines()
+    assert error == f"error: stdout: Broken pipe: {STOPPED}"
+    assert ended.stdout.split()[0] == ids(queues)[0]
+    assert [line.split()[0] for line in stored] == ids(queues)[-len(stored) :]
+
+
+def test_a_redrive_into_a_full_disk_tells_on_stderr_what_came_back(queues: SqliteQueues) -> None:
+    queues.post(LETTERS, [{"request_id": "old", "body": {"widget_id": "a"}}])
+    ended = shell(f"{TOOL} redrive >/dev/full")
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[0] == f"old {ids(queues)[0]}"
+    assert len(ids(queues, LETTERS)) == 1  # twice, never lost
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [("latin-1", "ü \\u6f22 \\U0001f600"), ("cp1252", "ü \\u6f22 \\U0001f600"), ("ascii", "\\xfc \\u6f22 \\U0001f600")],
+)
+def test_what_stdout_cannot_encode_is_escaped_in_every_line_for_programs(
+    encoding: str, shown: str, queues: SqliteQueues
+) -> None:
+    widget_id = "ü 漢 😀"
+    queues.post(LETTERS, [{"request_id": widget_id, "body": {"widget_id": widget_id}}])
+
+    def line(*words: str) -> str:
+        env = {"PYTHONIOENCODING": encoding, "WIDGET_QUEUE_URL": queues.address}
+        command = [sys.executable, *words]
+        ended = subprocess.run(command, cwd=HERE, env=env, capture_output=True, encoding=encoding, check=True)
+        assert ended.stderr == ""
+        return ended.stdout
+
+    assert line("-m", "claim_queues", "dead-letters") == f"{shown} {shown} - -\n"
+    assert line("-m", "claim_queues", "redrive", "--dry-run") == f"{shown} -\n"
+    assert line("-m", "claim_queues", "redrive") == f"{shown} {ids(queues)[0]}\n"
+    assert line("widget_producer.py", "--widget-id", widget_id) == f"{ids(queues)[1]} {shown}\n"
+
+
+def test_without_stdin_or_stderr_everything_works(queues: SqliteQueues) -> None:
+    ended = shell(f"{PRODUCER} --ids-file - <&-")
+    assert (ended.returncode, ended.stderr, ids(queues)) == (0, "", [])
+    ended = shell(f"{PRODUCER} --count 2 2>&-")
+    assert (ended.returncode, [line.split()[0] for line in ended.stdout.splitlines()]) == (0, ids(queues))
+    ended = shell(f"{TOOL} purge request <&- 2>&- >&-")
+    assert (ended.returncode, len(ids(queues))) == (1, 2)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_while_waiting_is_an_exit_code_and_reports_what_is_stored(
+    number: int, code: int, queues: SqliteQueues, tmp_path: Path
+) -> None:
+    with script(PRODUCER, "--wait", "--widget-id", "a", "--widget-id", "b", cwd=tmp_path) as running:
+        first, second = wait_until(lambda: ids(queues))
+        queues.post(RESPONSES, [{"request_id": first, "outcome": "created"}])
+        wait_until(lambda: running.out)  # it waits for responses
+        running.signal(number)
+        assert running.exit_code() == code
+    told = [line for line in running.err.splitlines() if line and not line.endswith(queues.address)]
+    assert told == [f"no response yet: {second} b", *(["error: interrupted"] if code == 130 else [])]
+    assert running.out == "a created\n"
+
+
+# At a terminal of 80 columns
+
+
+def show(*words: object, term: str = "xterm-256color", typed: str = "", stdout: Path | None = None) -> tuple[int, str]:
+    """Run a script at a terminal to its end: its exit code, and all that it wrote there."""
+    side, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    os.write(side, typed.encode())
+    out = os.open(stdout, os.O_WRONLY | os.O_CREAT) if stdout else os.dup(other)
+    command = [sys.executable, *map(str, words)]
+    process = subprocess.Popen(
+        command, cwd=HERE, env=os.environ | {"TERM": term}, stdin=other, stdout=out, stderr=other
+    )
+    os.close(other)
+    os.close(out)
+    written = b""
+    with suppress(OSError):  # so Linux says that nobody holds the other side any more
+        while chunk := os.read(side, 65_536):
+            written += chunk
+    os.close(side)
+    return process.wait(60), written.decode()
+
+
+@pytest.mark.parametrize(("term", "is_shown"), [("xterm-256color", True), ("dumb", False)])
+def test_a_bar_shows_progress_where_a_terminal_can_and_lines_go_to_their_file(
+    term: str, is_shown: bool, queues: SqliteQueues, tmp_path: Path
+) -> None:
+    code, shown = show("widget_producer.py", "--count", 20_000, term=term, stdout=tmp_path / "ids")
+    lines = (tmp_path / "ids").read_text().splitlines()
+    assert (code, len(lines)) == (0, 20_000)
+    assert all(re.fullmatch(r"\S+ [0-9a-f-]{36}", line) for line in lines)
+    assert bool(re.search(r"requests .*━.* \d+%", shown)) == is_shown
+    assert is_shown or shown == ""
+
+
+def test_lines_on_the_terminal_stay_whole_above_the_bar(queues: SqliteQueues) -> None:
+    code, shown = show("widget_producer.py", "--count", 3_000)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).replace("\r", "\n").splitlines()
+    ids = [message.id for message in queues.browse(REQUESTS, limit=5_000)[0]]
+    assert code == 0
+    assert [line.split()[0] for line in plain if re.fullmatch(r"\S+-\d+ [0-9a-f-]{36}\s*", line)] == ids
+
+
+def test_one_request_needs_no_bar(queues: SqliteQueues) -> None:
+    code, shown = show("widget_producer.py", "--widget-id", "31f37378")
+    ((message,), _) = queues.browse(REQUESTS)
+    assert (code, shown) == (0, f"{message.id} {'31f37378'}\r\n")
+
+
+@pytest.mark.parametrize(("reply", "code", "left"), [("n\n", 1, 1), ("\n", 1, 1), ("y\n", 0, 0), ("\x04", 130, 1)])
+def test_purge_asks_at_a_terminal(queues: SqliteQueues, reply: str, code: int, left: int) -> None:
+    queues.post(REQUESTS, [1])
+    ended, shown = show("-m", "claim_queues", "purge", "request", typed=reply)
+    assert ended == code
+    assert f"Remove 1 messages from {REQUESTS} at {queues.address} for good?" in " ".join(shown.split())
+    assert queues.stats(REQUESTS).total == left
