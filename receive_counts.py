@@ -1,202 +1,104 @@
-"""How often each message was received: a dict of counts by message id.
+"""The dict of receive counts: how often each message was received, and what that has been charged, kept on disk.
 
-Most claim-based services do not say how often a message was received, and a message that fails every time must
-end somewhere, so the consumer counts. Two numbers: *receives*, never lowered, and those of them that are
-*excused* because the message was not to blame (the maker was down, the consumer was stopped).
+Just before its POST a receive is counted, charged and left open. When the POST has ended, its charge takes the place
+of that; an answer also closes the message. So a message that kills its consumer is charged and known, and one that
+kills the maker is known by being left open. Charges are fifths of a receive.
 """
 
 import json
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import apsw
+import structlog
 
-from claim_queues.base import Message
-from claim_queues.store import open_store, store_errors, transaction
+from claim_queues import QueueUnavailable
+from claim_queues.sqlite import Store
 
-MOST_IN_MEMORY = 100_000
-"""Beyond this the ids that were received longest ago leave the dict, settled or not."""
-LONGEST_HOLD_S = 86_400
-"""A message outlives its TTL by at most the longest claim (43,200 s) and the longest grace (43,200 s)."""
-LONGEST_TTL_S = 1_209_600
-SWEEP_EVERY_S = 60
-
-APPLICATION_ID = 0x51C1A136
-SCHEMA_VERSION = 1
+RECEIVE = 5
+"""A receive, in fifths."""
+KEEP_S = 15 * 86_400
+"""A message that was not received for so long is gone: none outlives 14 days, and a claim and its grace."""
+APPLICATION_ID = 0x51C1A138
 SCHEMA = """
 CREATE TABLE receives (
-    source TEXT NOT NULL,
-    message_id TEXT NOT NULL,
-    count INTEGER NOT NULL,
-    excused INTEGER NOT NULL,
+    source TEXT,
+    id TEXT,
+    receives INTEGER NOT NULL,
+    charged INTEGER NOT NULL,
+    open INTEGER NOT NULL,
     first_at REAL NOT NULL,
-    dies_at REAL NOT NULL,
-    PRIMARY KEY (source, message_id)
-) STRICT, WITHOUT ROWID;
-CREATE INDEX by_death ON receives (dies_at);
+    last_at REAL NOT NULL,
+    PRIMARY KEY (source, id)
+) STRICT, WITHOUT ROWID
 """
+COLUMNS = "receives, charged, open, first_at, last_at"
+FIND = f"SELECT id, {COLUMNS} FROM receives WHERE source = ? AND id IN (SELECT value FROM json_each(?))"
+BEGIN = f"""
+INSERT INTO receives VALUES (?1, ?2, 1, {RECEIVE}, 1, ?3, ?3) ON CONFLICT DO UPDATE
+SET receives = receives + 1, charged = charged + {RECEIVE}, open = open + 1, last_at = ?3 RETURNING {COLUMNS}
+"""
+CHARGE = "UPDATE receives SET charged = max(0, charged + ?), open = coalesce(?, open) WHERE source = ? AND id = ?"
+
+log = structlog.get_logger()
 
 
-@dataclass(slots=True)
-class Receives:
-    """count: times received, never lowered. excused: those that do not count against the message.
+class Receives(NamedTuple):
+    """Of one message. charged: in fifths. open: how many POSTs in a row have ended with their consumer or with the
+    maker, or go on. first_at, last_at: UTC seconds."""
 
-    first_at, last_at: UTC seconds of the first and the last receive. dies_at: when the message is surely gone.
-    stored: the file holds a row for it.
-    """
-
-    count: int
-    excused: int
-    first_at: float
-    last_at: float
-    dies_at: float
-    stored: bool = False
-
-    @property
-    def charged(self) -> int:
-        """The receives that count against the message; what --max-receives is compared with."""
-        return self.count - self.excused
+    receives: int = 0
+    charged: int = 0
+    open: int = 0
+    first_at: float = 0.0
+    last_at: float = 0.0
 
 
 class ReceiveCounts:
-    """Counts by message id. An id leaves when its message is settled, or older than its message can live.
+    """source: names the queue among those that share the file. Thread-safe.
 
-    path: a file shared by this machine's consumers, or None for memory only. source: the queue, in that file.
-    counted_by_service: the service's own count is exact, so that only excuses need the file.
-    Thread-safe. Each call is at most one transaction. Raises StoreError where the file cannot be used, and
-    QueueUnavailable where another process keeps it locked.
+    Raises StoreError where the file cannot be used. One that is locked makes counts less exact, no more, except for
+    `begin`: it raises QueueUnavailable, and the message must not be POSTed.
     """
 
-    def __init__(
-        self, path: Path | None, source: str, *, counted_by_service: bool, clock: Callable[[], float] = time.time
-    ) -> None:
-        self._counts: OrderedDict[str, Receives] = OrderedDict()  # in order of last receive
-        self._path = path
+    def __init__(self, path: Path, source: str) -> None:
         self._source = source
-        self._counted_by_service = counted_by_service
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._swept_at = clock()
-        self._file = path and open_store(path, application_id=APPLICATION_ID, version=SCHEMA_VERSION, schema=SCHEMA)
+        self._store = Store(path, APPLICATION_ID, SCHEMA)
+        self._write("DELETE FROM receives WHERE last_at < ?", [(time.time() - KEEP_S,)])
 
-    def __len__(self) -> int:
-        return len(self._counts)
+    def of(self, ids: Iterable[str]) -> dict[str, Receives]:
+        """The dict of what the file says of each message that it names. Raises QueueUnavailable."""
+        self._store.check()
+        with self._store.reading() as file:
+            rows: Any = file.execute(FIND, (self._source, json.dumps([*ids]))).fetchall()
+        return {id_: Receives(*values) for id_, *values in rows}
 
-    def __getitem__(self, message_id: str) -> Receives:
-        return self._counts[message_id]
+    def begin(self, ids: Iterable[str]) -> list[Receives]:
+        """Count one more receive of each message, charge it, leave it open; returns what it is now."""
+        now = time.time()
+        with self._store.writing(synced=False) as file:
+            rows: Any = [file.execute(BEGIN, (self._source, id_, now)).fetchall()[0] for id_ in ids]
+        return [Receives(*row) for row in rows]
 
-    def received(self, messages: Sequence[Message]) -> list[Receives]:
-        """Count one more receive of each message; never fewer than its service or the file knows of.
+    def charge(self, charges: Mapping[str, int], left_open: int | None = None) -> None:
+        """Add fifths to what messages are charged, or take from it, by id.
 
-        Where the service does not count, the new counts are durable before this returns.
+        left_open: as often in a row their POSTs have ended without an answer; None: as before.
         """
-        with self._lock, self._transaction(writes=self._is_sweep_due() or not self._counted_by_service) as file:
-            now = self._clock()
-            if self._is_sweep_due():
-                self._sweep(file, now)
-            if file:
-                self._take_over(file, [message.id for message in messages])
-            counted = {message.id: self._count(message, now) for message in messages}
-            if file and not self._counted_by_service:
-                self._store(file, counted, excuses=0)
-            while len(self._counts) > MOST_IN_MEMORY:
-                self._counts.popitem(last=False)
-        return list(counted.values())
+        self._write(CHARGE, [(fifths, left_open, self._source, id_) for id_, fifths in charges.items()])
 
-    def excuse(self, message_ids: Iterable[str]) -> None:
-        """Take the last receive of each message off what counts against it."""
-        self._adjust(message_ids, 1)
-
-    def charge(self, message_ids: Iterable[str]) -> None:
-        """Undo an excuse: the last receive of each message counts against it after all."""
-        self._adjust(message_ids, -1)
-
-    def forget(self, message_ids: Iterable[str]) -> None:
-        """Drop settled messages."""
-        with self._lock:
-            gone = [(id_, self._counts.pop(id_)) for id_ in message_ids if id_ in self._counts]
-            stored = [(self._source, id_) for id_, entry in gone if entry.stored]
-            if stored:
-                with self._transaction() as file:
-                    if file:
-                        file.executemany("DELETE FROM receives WHERE source = ? AND message_id = ?", stored)
+    def forget(self, ids: Iterable[str]) -> None:
+        """Drop messages that are settled."""
+        self._write("DELETE FROM receives WHERE source = ? AND id = ?", [(self._source, id_) for id_ in ids])
 
     def close(self) -> None:
-        """Close the file; the counts in it stay for the next consumer."""
-        if self._file:
-            self._file.close()
+        self._store.close()
 
-    def _adjust(self, message_ids: Iterable[str], excuses: int) -> None:
-        with self._lock:
-            adjusted = {id_: self._counts[id_] for id_ in message_ids if id_ in self._counts}
-            for entry in adjusted.values():
-                entry.excused = max(0, min(entry.excused + excuses, entry.count))
-            if adjusted:
-                with self._transaction() as file:
-                    if file:
-                        self._store(file, adjusted, excuses=excuses)
-
-    @contextmanager
-    def _transaction(self, *, writes: bool = True) -> Iterator[apsw.Connection | None]:
-        """Alone on the file, so that no other consumer counts between a look and its count; None without a file.
-
-        writes: if not, there is only one look, and no other consumer has to wait for it.
-        """
-        if not self._file or not self._path:
-            yield None
-            return
-        with store_errors(self._path), transaction(self._file) if writes else nullcontext():
-            yield self._file
-
-    def _is_sweep_due(self) -> bool:
-        return self._clock() - self._swept_at >= SWEEP_EVERY_S
-
-    def _count(self, message: Message, now: float) -> Receives:
-        entry = self._counts.setdefault(message.id, Receives(0, 0, now, now, now))
-        entry.count = max(entry.count + 1, message.receive_count or 0)
-        entry.last_at = now
-        life_left = LONGEST_TTL_S if message.ttl is None else max(0, message.ttl - message.age)
-        entry.dies_at = now + life_left + LONGEST_HOLD_S
-        self._counts.move_to_end(message.id)
-        return entry
-
-    def _take_over(self, file: apsw.Connection, ids: list[str]) -> None:
-        """Learn what other consumers of this machine, or an earlier run, wrote; the numbers only ever grow."""
-        rows: Any = file.execute(
-            "SELECT message_id, count, excused, first_at, dies_at FROM receives"
-            " WHERE source = ? AND message_id IN (SELECT value FROM json_each(?))",
-            (self._source, json.dumps(ids)),
-        )
-        for id_, count, excused, first_at, dies_at in rows:
-            known = self._counts.setdefault(id_, Receives(0, 0, first_at, first_at, dies_at))
-            known.count, known.excused = max(known.count, count), max(known.excused, excused)
-            known.first_at, known.stored = min(known.first_at, first_at), True
-
-    def _store(self, file: apsw.Connection, entries: dict[str, Receives], *, excuses: int) -> None:
-        """Write the entries; excuses are added to those of other consumers, who may have excused theirs meanwhile."""
-        file.executemany(
-            "INSERT INTO receives VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
-            " count = max(count, excluded.count),"
-            " excused = max(0, min(excused + ?, max(count, excluded.count))),"
-            " dies_at = max(dies_at, excluded.dies_at)",
-            [
-                (self._source, id_, entry.count, entry.excused, entry.first_at, entry.dies_at, excuses)
-                for id_, entry in entries.items()
-            ],
-        )
-        for entry in entries.values():
-            entry.stored = True
-
-    def _sweep(self, file: apsw.Connection | None, now: float) -> None:
-        """Drop what is older than its message can live."""
-        self._swept_at = now
-        for id_ in [id_ for id_, entry in self._counts.items() if entry.dies_at <= now]:
-            del self._counts[id_]
-        if file:
-            file.execute("DELETE FROM receives WHERE dies_at <= ?", (now,))
+    def _write(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
+        try:
+            if rows:
+                with self._store.writing(synced=False) as file:
+                    file.executemany(statement, rows)
+        except QueueUnavailable as error:
+            log.warning("receive counts not written", reason=str(error))

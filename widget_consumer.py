@@ -1,89 +1,71 @@
 #!/usr/bin/env python3
-"""Claim requests, POST each to the widget maker, and by its answer delete the message or give it back.
+"""Claim requests, POST each to the widget maker, and delete or release it by the answer.
 
-One message's life: `_claim` and `_admit` (the receive is counted first of all), `_work` (the POST), `_conclude` (what
-the answer means), then `_settle` (response or dead letter first, then the delete) or `_blame` and `_excuse` (back to
-the queue). The order is the safety: a crash anywhere repeats a request, never loses one, and the maker makes a widget
-once.
+A message's life, in this order: `_claim` (hidden from others), `_post` (its receive counted, then the POST), `_settle`
+(the outcome stored, then the message deleted; what has no outcome is released). A crash between any two steps repeats
+a message and never loses one, and the maker makes each widget once.
 """
 
-import math
-import random
-import sys
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
+import structlog
 
 from claim_queues import (
+    Claim,
+    ClaimLost,
     ConfigError,
-    MessageRefused,
-    Post,
     QueueError,
+    QueueForbidden,
     QueueNotFound,
     Queues,
     QueuesError,
     QueueUnavailable,
     open_queues,
 )
-from claim_queues.breaker import LONGEST_PAUSE_S, Breaker, Failure, Verdict, backoff
-from claim_queues.command_line import (
-    SETTINGS,
-    Log,
-    Number,
-    WholeNumber,
-    __version__,
+from claim_queues.checks import Report, check_descriptors, check_queues, check_state
+from claim_queues.cli import (
+    CLAIM_SECONDS,
+    MESSAGE_SECONDS,
+    Command,
     configure_logging,
-    distinct,
-    end_at_interrupt,
-    message_ttl,
-    option,
+    logging_options,
     queue_options,
-    require_grace,
+    refuse_unsupported,
     require_queues,
-    run,
     run_until_signal,
+    state_path,
 )
-from claim_queues.keeper import End, Held, Keeper
-from claim_queues.one_core import stay_on_one_core
-from claim_queues.preflight import Report, check_queues
-from claim_queues.signing import load_signer, signing_options
-from claim_queues.store import state_path
-from claim_queues.terminal import is_terminal, live_line
-from delivery import OUTCOMES, Connection, Delivery, Durations, Maker, MakerMisconfigured
+from claim_queues.releases import Releases
 from receive_counts import ReceiveCounts
+from widgets.breaker import Breaker
+from widgets.charges import SHORT_BACKOFF_S, Charges, release_delay
+from widgets.delivery import Delivery, Maker
+from widgets.drain import Drain
+from widgets.monitoring import Metrics, watched
+from widgets.signing import load_signer, signing_options
+from widgets.slots import Slots
+from widgets.trouble import Trouble
 
-POST_SPARE_S = 5.0
-"""A POST starts only while the claim is surely held for the deadline and so much more, to settle in."""
-BACKOFF_BASE_S, LONGEST_BACKOFF_S = 0.5, 300.0
-MOST_BACKOFFS_PER_SLOT = 5
-MOST_ROUNDS_UNSETTLED = 4
-"""So many full claims, or POSTs of all slots, more may wait to be settled: what is claimed is hidden from others."""
-CLAIM_PAUSE_S, LONGEST_CLAIM_PAUSE_S = 0.5, 30.0
-LOOK_AGAIN_S = 0.1
-"""How long a drain waits for messages before it looks whether any are left, and claiming for what clogs it."""
-CHECK_QUEUES_EVERY_S = 60.0
-MISCONFIGURED_DRAIN_S = 60.0
-STUCK_AFTER_S = 180.0
-"""More than the timeouts of a claim with its wait and its second attempt, or of a look at all queues, add up to."""
-STOP_PATIENCE_S = 10.0
-"""How long a queue service that fails may hold up the end; what is not given back then waits for its claim's end."""
-
-NOT_OUR_MAKER = "this is not our widget maker: check --maker-url"
-REFUSED_BY_MAKER = "the maker refuses us: its reason says what to mend"
-
-log = Log("widget_consumer")
+POST_SPARE_S = 5.0  # a claim must outlast a POST by so much when the POST begins
+SETTLE_EVERY_S, STOP_PATIENCE_S, DRAIN_LOOKS_EVERY_S = 1.0, 10.0, 0.25
+LOOK_EVERY_S = 60.0  # for the queues: on some services a missing one looks like an empty one
+CHECKED = ("claim_ttl", "deadline", "create")
+FILE = click.Path(path_type=Path, dir_okay=False)
+Result = TypeVar("Result")
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The consumer's options; durations in seconds. response_ttl None: the service's longest."""
+    """Of a consumer. Durations are in seconds; response_ttl None: the service's longest; drain_timeout None: no end."""
 
     request_queue: str
     response_queue: str
@@ -98,694 +80,319 @@ class Settings:
     poll_interval: float
     response_ttl: int | None
     drain: bool
+    drain_timeout: float | None
 
     @property
-    def queues(self) -> tuple[str, str, str]:
-        return self.request_queue, self.response_queue, self.dead_letter_queue
+    def queues(self) -> list[str]:
+        return [self.request_queue, self.response_queue, self.dead_letter_queue]
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """Of each claim."""
+        return {"ttl": self.claim_ttl, "grace": self.grace, "wait": self.poll_interval}
 
 
 class Consumer:
-    """Takes requests from the queue to the maker until it is stopped, has drained the queue, or cannot go on.
+    """Takes messages to the maker until stop() or, with drain, until none is left.
 
-    One lock guards all state; it is never held during a POST or a call of the queue service. totals: numbers of
-    messages by what happened to them. post_times: of the POSTs, a batch being one.
+    Each worker thread owns one claim at a time, from claim to settlement; the POSTs run in the threads of `slots`.
+    trouble: what the queue service does not do now. metrics: what was done.
     """
 
-    def __init__(
-        self,
-        queues: Queues,
-        maker: Maker,
-        counts: ReceiveCounts,
-        settings: Settings,
-        *,
-        uniform: Callable[[float, float], float] = random.uniform,
-    ) -> None:
+    def __init__(self, queues: Queues, maker: Maker, counts: ReceiveCounts, settings: Settings) -> None:
         self._queues = queues
         self._maker = maker
-        self._counts = counts
         self._settings = settings
-        self._uniform = uniform
-        self._breaker: Breaker[Delivery] = Breaker(uniform=uniform)
-        self._lock = threading.RLock()
-        self._has_work = threading.Condition(self._lock)  # the slots wait for it
-        self._has_room = threading.Condition(self._lock)  # the claiming thread waits for it
-        self._waiting: deque[Delivery] = deque()
-        self._trials: deque[Delivery] = deque()  # they wait for each other too
-        self._tried: Delivery | None = None
-        self._posting = self._idle_slots = 0
-        self._asking_since: float | None = None  # the queue service, by the claiming thread
-        self._most_in_a_post = settings.post_batch
-        self._stopping = self._clogged = False
-        self._told_to_wait_for = False, False
-        self._error: Exception | None = None
-        self._failing: dict[str, type[Exception]] = {}
-        self._reported = self._maker_said = ""
-        self._next_check_at = 0.0
-        self._empty_since: float | None = None
-        self._patience_s = LOOK_AGAIN_S if settings.drain else settings.poll_interval
-        self.totals: Counter[str] = Counter()
-        self.post_times = Durations()
-        self._keeper = Keeper(queues, self, claim_ttl=settings.claim_ttl, grace=settings.grace)
+        self._stopping = threading.Event()
+        self._give_up_at: float | None = None  # settling, after a stop
+        self._looked_at = time.monotonic()  # whether the queues are there
+        self._lane = threading.Lock()  # to POST what has twice been left open
+        self._drain = Drain(queues, settings.request_queue, settings.drain_timeout) if settings.drain else None
+        self._releases = Releases(queues)
+        self.breaker = Breaker()
+        self.slots = Slots(settings.slots, settings.post_batch)
+        self.trouble = Trouble()
+        self.metrics = Metrics()
+        self._charges = Charges(counts, maker, self.breaker, self.slots, self.metrics, most=settings.max_receives)
 
     def run(self) -> None:
-        """Work until stop() or, with drain, until nothing is left; raise what made it impossible to go on."""
-        slots = [
-            threading.Thread(target=self._guard, args=(self._work,), name=f"slot-{number}", daemon=True)
-            for number in range(self._settings.slots)
-        ]
-        log.info("consuming", queue=self._settings.request_queue, service=self._queues.address, maker=self._maker.url)
-        for slot in slots:
-            slot.start()
-        self._guard(self._claim_until_done)
-        self.stop()
-        for slot in slots:
-            slot.join()
-        with self._lock:
-            self._excuse(self._breaker.take_suspects())  # those of the last POSTs
-        if left := self._keeper.close(STOP_PATIENCE_S):
-            log.warning("not given back: free again when their claims end", messages=left)
-        if self._error is not None:
-            raise self._error
+        """Work until done; raise what made it impossible to go on."""
+        with ThreadPoolExecutor(self._settings.slots, "worker") as pool:
+            workers = [pool.submit(self._work) for _ in range(self._settings.slots)]
+        self.slots.close()
+        with suppress(QueueError):  # else they expire
+            self._releases.due(all_at_once=True)
+        for worker in workers:
+            worker.result()
 
     def stop(self) -> None:
-        """Claim nothing more, let POSTs in flight end, give everything else back at once. From any thread."""
+        """Claim nothing more, finish the POSTs in flight, release everything else at once."""
+        self._stopping.set()
         self._queues.stop_waiting()
-        self._keeper.hurry()
-        with self._lock:
-            self._stopping = True
-            self._has_work.notify_all()
-            self._has_room.notify_all()
-            self._excuse([*self._breaker.take_suspects(), *self._take_waiting()])
-
-    def status(self) -> dict[str, int]:
-        """Numbers now: claims held, their open messages, those that wait for a slot, those being POSTed, busy slots."""
-        with self._lock:
-            return {
-                "claims": self._keeper.count_claims(),
-                "held": self._keeper.count(),
-                "waiting": len(self._waiting) + len(self._trials),
-                "posting": self._posting,
-                "busy_slots": self._settings.slots - self._idle_slots,
-            }
-
-    @property
-    def requests(self) -> Counter[str]:
-        """Those sent to the queue service, by operation."""
-        return self._queues.requests
-
-    @property
-    def maker_trouble(self) -> Failure | None:
-        """Why the breaker is open; None while it is closed."""
-        return self._breaker.open_for
-
-    @property
-    def is_stuck(self) -> bool:
-        """Whether the queue service has kept the claiming thread waiting for longer than it ever should."""
-        since = self._asking_since
-        return since is not None and time.monotonic() - since > STUCK_AFTER_S
-
-    # When to claim
-
-    def _claim_until_done(self) -> None:
-        pause = 0.0
-        while (claim := self._next_claim()) is not None:
-            try:
-                self._asking_since = time.monotonic()
-                try:
-                    is_over = not claim() and self._is_done()
-                finally:
-                    self._asking_since = None
-                if is_over:
-                    outcomes: dict[str, Any] = {outcome: self.totals[outcome] for outcome in OUTCOMES}
-                    log.info("drained", queue=self._settings.request_queue, **outcomes)
-                    return
-                pause = 0.0
-                self._service_answers("claim")
-            except QueueError as error:
-                self._service_fails("claim", error)
-                asked = error.retry_after_s or 0 if isinstance(error, QueueUnavailable) else 0
-                pause = min(LONGEST_CLAIM_PAUSE_S, max(CLAIM_PAUSE_S, 2 * pause))
-                with self._lock:
-                    self._has_room.wait_for(lambda: self._stopping, max(asked, pause * self._uniform(0.5, 1)))
-
-    def _next_claim(self) -> Callable[[], bool] | None:
-        """Wait until a claim is wanted, of a batch or of one message to try the maker with; None ends claiming."""
-        with self._lock:
-            while not self._stopping:
-                now = time.monotonic()
-                decide_at = self._breaker.decide_at
-                if self._breaker.is_open:
-                    if now >= self._hopeless_at():
-                        raise MakerMisconfigured(
-                            f"{self._maker.url}: {self._reported} ({self._maker_said}); the queue is as it was"
-                        )
-                    busy = bool(self._waiting or self._trials or self._posting)
-                    if not busy and now >= self._breaker.next_probe_at:
-                        return self._probe
-                    self._has_room.wait(None if busy else min(self._breaker.next_probe_at, self._hopeless_at()) - now)
-                elif decide_at is not None and now >= decide_at:
-                    self._act_on(self._breaker.undecided())
-                elif self._has_enough():
-                    self._has_room.wait(None if decide_at is None else decide_at - now)
-                else:
-                    self._clogged = True  # before the look, or what is settled in between would wake nobody
-                    if not self._is_clogged():
-                        self._clogged = False
-                        return self._claim_batch
-                    self._has_room.wait(LOOK_AGAIN_S)
-            return None
-
-    def _has_enough(self) -> bool:
-        """Whether enough messages wait to fill all slots once."""
-        return len(self._waiting) >= self._settings.slots * self._most_in_a_post
-
-    def _is_clogged(self) -> bool:
-        """Whether too many messages are held that nothing can be done with now."""
-        most = MOST_BACKOFFS_PER_SLOT * self._settings.slots
-        if self._keeper.backing_off() + len(self._trials) > most:
-            return True
-        in_a_round = max(self._settings.claim_limit, self._settings.slots * self._most_in_a_post)
-        return self._keeper.settling() > most + MOST_ROUNDS_UNSETTLED * in_a_round
-
-    def _hopeless_at(self) -> float:
-        """When a drain gives up on a maker that waiting does not mend (monotonic); infinity while it need not."""
-        since = self._breaker.misconfigured_since
-        return since + MISCONFIGURED_DRAIN_S if self._settings.drain and since is not None else math.inf
-
-    def _is_done(self) -> bool:
-        """See to the queues now and then while there is nothing to claim; with drain, say whether nothing is left."""
-        settings, now = self._settings, time.monotonic()
-        if now >= self._next_check_at:
-            self._next_check_at = now + CHECK_QUEUES_EVERY_S
-            self._require_queues()
-        if not settings.drain or self._keeper.count() or self._is_any_left():
-            self._empty_since = None
-            is_working = self._keeper.count() > self._keeper.backing_off()
-            self._patience_s = LOOK_AGAIN_S if settings.drain and is_working else settings.poll_interval
-            return False
-        if self._empty_since is None:
-            self._empty_since = now
-        return now - self._empty_since >= self._queues.limits.stats_settle
-
-    def _is_any_left(self) -> bool:
-        """Whether the request queue holds messages while this consumer holds none; say what a drain waits for."""
-        stats = self._queues.stats(self._settings.request_queue)
-        waits_for = stats.claimed > 0, stats.delayed > 0
-        if any(waits_for) and waits_for != self._told_to_wait_for and not self._stopping:
-            self._told_to_wait_for = waits_for
-            log.info("waiting: messages are claimed or delayed", claimed=stats.claimed, delayed=stats.delayed)
-        return stats.total > 0
-
-    # Claim
-
-    def _claim_batch(self) -> bool:
-        return self._claim(self._settings.claim_limit, wait=self._patience_s)
-
-    def _probe(self) -> bool:
-        """Claim one message to try the maker with: another than the one that failed last, if there is another."""
-        if self._claim(1, wait=0, probe=True):
-            return True
-        with self._lock:
-            self._excuse(self._breaker.take_suspects())
-        return self._claim(1, wait=self._settings.poll_interval, probe=True)
-
-    def _claim(self, limit: int, *, wait: float, probe: bool = False) -> bool:
-        found = self._keeper.claim(self._settings.request_queue, limit=limit, wait=wait)
-        if found:
-            self._admit(found, probe=probe)
-        return bool(found)
-
-    def _admit(self, found: list[Held], *, probe: bool) -> None:
-        """Count the receives before anything else; then line the messages up for the slots, or end them here."""
-        try:
-            receives = self._counts.received([held.message for held in found])
-        except QueuesError:
-            for held in found:
-                self._keeper.give_back(held)
-            raise
-        with self._lock:
-            self.totals["received"] += len(found)
-            self.totals["redelivered"] += sum(counted.count > 1 for counted in receives)
-            for held, counted in zip(found, receives, strict=True):
-                alone = probe and self._breaker.last_failed == held.message.id
-                delivery = Delivery(held, counted, probe=probe, alone=alone)
-                if delivery.widget_id is None:
-                    self._bury(delivery, "the body is no request: a JSON object with a string widget_id")
-                elif counted.charged > self._settings.max_receives:
-                    self._bury(delivery, f"received {counted.charged} times without an outcome")
-                elif self._stopping or (self._breaker.is_open and not probe):
-                    self._excuse([delivery])
-                else:
-                    self._waiting.append(delivery)
-            self._put_on_trial()
-            self._has_work.notify()
-
-    # POST
+        self.slots.stop()
 
     def _work(self) -> None:
-        """One slot: POST one message, or one batch of them, after the other."""
-        connection = self._maker.connect()
-        while batch := self._next_batch():
-            ready = [delivery for delivery in batch if self._is_ready(delivery)]
-            if len(ready) > 1:
-                self._post_batch(ready, connection)
-            elif ready:
-                self._post(ready[0], connection)
-        connection.close()
-
-    def _next_batch(self) -> list[Delivery]:
-        """Wait for one message, or some that go together; none once the consumer stops."""
-        with self._lock:
-            self._idle_slots += 1
-            self._has_work.wait_for(lambda: self._may_post() or self._stopping)
-            if self._stopping:
-                return []
-            self._idle_slots -= 1
-            had_enough = self._has_enough()
-            if self._trials and self._tried is None:
-                self._tried = self._trials.popleft()
-                batch = [self._tried]
-            else:
-                batch = [self._waiting.popleft()]
-            while self._waiting and len(batch) < self._most_in_a_post and batch[0].joins(self._waiting[0]):
-                batch.append(self._waiting.popleft())
-            self._posting += len(batch)
-            if self._may_post():
-                self._has_work.notify()  # one slot wakes the next: all at once would only queue for the lock
-            if had_enough and not self._has_enough():
-                self._has_room.notify()
-            return batch
-
-    def _may_post(self) -> bool:
-        return bool(self._waiting or (self._trials and self._tried is None))
-
-    def _is_ready(self, delivery: Delivery) -> bool:
-        """Whether its claim is surely held for a POST; if not, the message is another's, or goes back."""
-        if delivery.alone:  # before the look at the claim: this may take as long as a POST
-            delivery.well_before = self._maker.is_healthy()
-        # A stop may wait for one POST's deadline, not for a look at /healthz beside it.
-        is_ready = not self._stopping and self._keeper.holds(delivery.held, self._maker.deadline_s + POST_SPARE_S)
-        if is_ready and delivery.on_trial:
-            with self._lock, self._counts_written():
-                self._counts.charge([delivery.id])  # takes seconds while another process keeps them locked
-            delivery.on_trial = False
-            is_ready = self._keeper.holds(delivery.held, self._maker.deadline_s)
-        if is_ready:
-            return True
-        with self._lock:
-            self._posting -= 1
-            self._end_trial([delivery.held])
-            if not delivery.held.lost:
-                self._excuse([delivery])
-            self._has_room.notify()
-        return False
-
-    def _post(self, delivery: Delivery, connection: Connection) -> None:
-        """POST. One that fails alone, with no other to try, is guilty if the maker is well before and after."""
-        headers = delivery.headers(self._settings.request_queue)
-        started = time.monotonic()
-        delivery.answer = connection.post(delivery.held.message.body, headers)
-        seconds = time.monotonic() - started
-        proves = delivery.well_before and delivery.failure is not None and not self._stopping
-        guilty = proves and self._maker.is_healthy()
-        with self._lock:
-            self.post_times.add(seconds)
-        self._conclude(delivery, guilty=guilty, seconds=seconds)
-
-    def _post_batch(self, batch: list[Delivery], connection: Connection) -> None:
-        """POST them together; what fails as a whole is POSTed again one by one, to see whose fault it is."""
-        started = time.monotonic()
-        whole = connection.post_batch(batch)
-        seconds = time.monotonic() - started
-        with self._lock:
-            self.post_times.add(seconds)
-            if whole is None:
-                for delivery in batch:
-                    self._conclude(delivery, guilty=False, seconds=seconds)
-                return
-            self._posting -= len(batch)
-            for delivery in batch:
-                delivery.single = True
-                delivery.batch_refusal = whole.reason if whole.failure is Failure.MISCONFIGURED else ""
-            if self._stopping or self._breaker.is_open:
-                self._excuse(batch)
-            else:
-                self._waiting.extendleft(reversed(batch))
-                self._has_work.notify()
-            self._has_room.notify()
-
-    # Act on the answer
-
-    def _conclude(self, delivery: Delivery, *, guilty: bool, seconds: float) -> None:
-        answer, delivery.post_s = delivery.answer, seconds
-        with self._lock:
-            self._posting -= 1
-            was_open = self._breaker.is_open
-            if answer.outcome is None:
-                self._end_trial([delivery.held])
-                self._act_on(self._breaker.failed(delivery, probe=delivery.probe, guilty=guilty))
-            else:
-                log.info(answer.outcome, **delivery.fields(), outcome=answer.outcome, reason=answer.reason or None)
-                self._settle(delivery, answer.outcome, answer.reason, fenced=False)
-                self._act_on(self._breaker.passed(probe=delivery.probe))
-                self._stop_batches(delivery.batch_refusal)
-            if was_open and not self._breaker.is_open:
-                self._reported = ""
-                self._most_in_a_post = self._settings.post_batch
-                log.info("the maker is back", after_s=round(time.monotonic() - self._breaker.opened_at, 1))
-            if was_open or answer.outcome is None:
-                self._has_room.notify()  # when to claim next may have changed
-
-    def _settle(self, delivery: Delivery, outcome: str, reason: str, *letters: Post, fenced: bool) -> None:
-        """Post the response, and delete the message only then."""
-        self.totals[outcome] += 1
-        response = delivery.response(outcome, reason)
-        post = Post(self._settings.response_queue, response, self._settings.response_ttl)
-        self._keeper.settle(delivery.held, [*letters, post], fenced=fenced)
-
-    def _stop_batches(self, refusal: str) -> None:
-        """Where a batch was refused that passes one by one, the batch was at fault, not the maker's URL."""
-        if refusal and self._most_in_a_post > 1:
-            self._most_in_a_post = 1
-            log.error("the maker takes no batches: posting one by one", url=self._maker.url, reason=refusal)
-
-    def _act_on(self, verdict: Verdict[Delivery]) -> None:
-        """Blame and excuse as the breaker says; when it opens, give back all that waits for a slot."""
-        for delivery in verdict.blamed:
-            self._blame(delivery)
-        with self._counts_written():
-            for id_ in verdict.pardoned:  # one message may have been blamed more than once
-                self._counts.excuse([id_])
-        # Longer the longer it lasts, or a few bad ones at the head of the queue would be tried in turn for ever.
-        open_s = time.monotonic() - self._breaker.opened_at if self._breaker.is_open else 0
-        longest_s = min(LONGEST_BACKOFF_S, max(LONGEST_PAUSE_S, open_s))
-        self._excuse(verdict.excused, longest_backoff_s=longest_s)
-        if verdict.opened_by is not None:
-            self._report_maker(verdict.opened_by)
-            self._excuse(self._take_waiting())
-
-    def _blame(self, delivery: Delivery) -> None:
-        """The failure counts: the message comes back after a backoff or, received often enough, is a dead letter."""
-        charged, answer = delivery.receives.charged, delivery.answer
-        if delivery.held.lost:
-            return
-        if charged >= self._settings.max_receives:
-            self._bury(delivery, answer.reason)
-            return
-        delay = max(self._backoff(charged, LONGEST_BACKOFF_S), answer.retry_after_s or 0)
-        self.totals["retried"] += 1
-        log.warning("failed, comes back", **delivery.fields(), reason=answer.reason, backoff_s=round(delay, 1))
-        self._keeper.give_back(delivery.held, delay=delay)
-
-    def _bury(self, delivery: Delivery, reason: str) -> None:
-        """Make the message a dead letter."""
-        log.error("dead letter", **delivery.fields(), outcome="failed", reason=reason)
-        letter = delivery.dead_letter(self._settings.request_queue, reason)
-        self._settle(delivery, "failed", reason, Post(self._settings.dead_letter_queue, letter), fenced=True)
-
-    def _excuse(self, deliveries: Collection[Delivery], *, longest_backoff_s: float = 0) -> None:
-        """Give the messages back, by default at once; this receive does not count against them."""
-        if not deliveries:
-            return
-        self.totals["excused"] += len(deliveries)
-        with self._counts_written():
-            self._counts.excuse([delivery.id for delivery in deliveries if not delivery.on_trial])
-        for delivery in deliveries:
-            self._keeper.give_back(delivery.held, delay=self._backoff(delivery.receives.count, longest_backoff_s))
-
-    def _backoff(self, attempt: int, longest_s: float) -> float:
-        return backoff(attempt, base_s=BACKOFF_BASE_S, longest_s=longest_s, uniform=self._uniform)
-
-    @contextmanager
-    def _counts_written(self) -> Iterator[None]:
-        """A file that is locked makes the counts less exact, no more; a damaged one ends the consumer in good order."""
+        """Claim a batch, deliver it, settle it, and again. While the breaker is open, one claim at a time is tried."""
         try:
-            yield
-        except QueueUnavailable as error:
-            log.warning("receive counts not written", reason=str(error))
-        except QueuesError as error:
-            self._end_with(error)
-
-    def _take_waiting(self) -> list[Delivery]:
-        waiting = [*self._trials, *self._waiting]
-        self._trials.clear()
-        self._waiting.clear()
-        return waiting
-
-    def _report_maker(self, delivery: Delivery) -> None:
-        """One line when the maker goes, and when what is wrong with it changes."""
-        misconfigured = delivery.failure is Failure.MISCONFIGURED
-        event = "the maker is unavailable: probing until it is back"
-        if misconfigured:
-            event = REFUSED_BY_MAKER if delivery.answer.refused else NOT_OUR_MAKER
-        if event != self._reported:
-            say = log.error if misconfigured else log.warning
-            say(event, url=self._maker.url, reason=delivery.answer.reason)
-        self._reported, self._maker_said = event, delivery.answer.reason
-
-    # What was received often is POSTed by itself
-
-    def _put_on_trial(self) -> None:
-        """Charge what was received often only when its POST starts, and POST such messages one at a time.
-
-        A message that kills its consumer takes the others along that are claimed, or being POSTed, time after time;
-        only its own POSTs must count.
-        """
-        often = self._settings.max_receives // 2
-        tried = [found for found in self._waiting if found.receives.charged > often and not found.on_trial]
-        if tried:
-            with self._counts_written():
-                self._counts.excuse([delivery.id for delivery in tried])
-        for delivery in tried:
-            delivery.on_trial = True
-            if often:  # else all would be POSTed one at a time
-                self._waiting.remove(delivery)
-                self._trials.append(delivery)
-
-    def _end_trial(self, ended: Collection[Held]) -> None:
-        """Let the next one on trial be POSTed: until then, the death of this process would count against both."""
-        if self._tried is not None:
-            with self._lock:
-                if self._tried is not None and self._tried.held in ended:
-                    self._tried = None
-                    self._has_work.notify()
-
-    # What the keeper tells (KeeperEvents)
-
-    def messages_ended(self, ended: list[Held], end: End) -> None:
-        self._end_trial(ended)
-        if self._clogged:
-            with self._lock:
-                self._has_room.notify()
-        ids = [held.message.id for held in ended]
-        if end is End.SETTLED:
-            with self._counts_written():
-                self._counts.forget(ids)
-        elif end is End.LOST:
-            self.totals["lost"] += len(ids)
-            for id_ in ids:
-                log.warning("claim lost: another consumer gets the message", message=id_)
-
-    def message_refused(self, held: Held, error: MessageRefused) -> None:
-        self._end_trial([held])
-        log.error("no queue takes the outcome: the message stays queued", message=held.message.id, reason=str(error))
-
-    def service_failed(self, error: Exception) -> None:
-        self._service_fails("settle", error)
-
-    def service_answered(self) -> None:
-        self._service_answers("settle")
-
-    def keeper_died(self, error: Exception) -> None:
-        self._end_with(error)
-
-    # What fails
-
-    def _service_fails(self, doing: str, error: Exception) -> None:
-        """One line when the queue service stops doing something or for another reason, not one for each attempt.
-
-        A queue that is gone is made anew with --create. Without, somebody has to; only a drain does not wait for that.
-        """
-        if isinstance(error, QueueNotFound):
-            try:
-                self._require_queues()
-            except QueueNotFound as missing:
-                error = missing
-                if self._settings.drain:
-                    self._end_with(error)
-                    return
-            except QueueError as other:
-                error = other
-        kind = QueueUnavailable if isinstance(error, QueueUnavailable) else type(error)
-        if self._failing.get(doing) is not kind:
-            self._failing[doing] = kind
-            log.warning("the queue service fails: trying again", doing=doing, reason=str(error))
-
-    def _service_answers(self, doing: str) -> None:
-        if doing in self._failing:
-            del self._failing[doing]
-            log.info("the queue service is back", doing=doing)
-
-    def _require_queues(self) -> None:
-        require_queues(self._queues, self._settings.queues, create=self._settings.create)
-
-    def _guard(self, work: Callable[[], None]) -> None:
-        """Run a thread's work; whatever it raises ends the consumer in good order."""
-        try:
-            work()
-        except Exception as error:
-            self._end_with(error)
-
-    def _end_with(self, error: Exception) -> None:
-        with self._lock:
-            self._error = self._error or error
+            while not self._stopping.is_set():
+                with self.breaker.turn() as is_try:
+                    room = self.slots.reserve(self._settings.claim_limit)  # not before: who waits must not hold any
+                    if room and (claim := self._claim(room, is_try=is_try)):
+                        self._finish(claim)
+        finally:
             self.stop()
 
+    def _claim(self, room: int, *, is_try: bool) -> Claim | None:
+        """Claim up to `room` messages; None where there are none, or the queue service fails."""
+        settings, claim = self._settings, None
+        try:
+            if is_try:
+                self._stopping.wait(self.breaker.next_pause())
+            if self._drain:
+                self._drain.check(self.breaker)
+            if not self._stopping.is_set() and (is_try or not self.breaker.is_open):
+                self._releases.due()
+                limit = min(room, settings.slots) if is_try else room
+                claim = self._queues.claim(settings.request_queue, limit=limit, **settings.terms)
+                self._look_around(found=claim is not None)
+                self.trouble.ends("claim")
+        except (QueueUnavailable, QueueNotFound) as error:
+            self._wait_out("claim", error)
+        finally:
+            self.slots.claimed(room, len(claim.messages) if claim else 0)
+        if is_try and claim:
+            self.breaker.tries(claim.id)
+        return claim
 
-@click.command(context_settings=SETTINGS)
+    def _look_around(self, *, found: bool) -> None:
+        """End a drain that is done; on some services a missing queue looks like an empty one."""
+        if self._drain:
+            if self._drain.is_over(found=found):
+                self.stop()
+        elif not found and time.monotonic() - self._looked_at > LOOK_EVERY_S:
+            self._looked_at = time.monotonic()
+            require_queues(self._queues, self._settings.queues, create=self._settings.create)
+
+    def _finish(self, claim: Claim) -> None:
+        """Deliver the claim's messages; settle those that are ready each second, and give the others back."""
+        left = self._charges.deliveries(claim.messages)
+        batch = self._settings.post_batch if self._maker.takes_batches else 1
+        together, lane = self._charges.plan(left.values(), batch)
+        posts = waiting = {self.slots.submit(self._deliver, len(group), claim, group) for group in together}
+        try:
+            while waiting:
+                self._renew_in_time(claim)
+                done, waiting = wait(waiting, timeout=SETTLE_EVERY_S)
+                self._settle(claim, [delivery for post in done for delivery in post.result()], left)
+            if lane:
+                self._post_alone(claim, lane, left)
+            if left:
+                delay = 0 if self._stopping.is_set() else release_delay([*left.values()])
+                self._insist(claim, "release", lambda: self._releases.add(claim, delay))
+        except ClaimLost as error:
+            log.warning("claim lost: other consumers get its messages", reason=str(error), messages=[*left])
+            self.metrics.lost.inc(len(left))
+            claim.lost = True
+            for post in waiting:
+                post.result()
+        finally:
+            wait(posts)
+            self.slots.ended(len(lane))
+            self.metrics.held.dec(len(lane) + sum(map(len, together)))
+            self._charges.take_back(left.values(), stored=dict(claim.posted))
+
+    def _post_alone(self, claim: Claim, lane: list[Delivery], left: dict[str, Delivery]) -> None:
+        """POST and settle them one after another, in this thread; one such POST at a time in the process."""
+        is_free = self._lane.acquire(blocking=False)
+        silent_at = time.monotonic()
+        try:
+            for delivery in lane:
+                delivery.backoff = SHORT_BACKOFF_S
+                self._renew_in_time(claim)
+                if is_free and not self._stopping.is_set() and self._maker.is_well(silent_at):
+                    self._post(claim, delivery, is_alone=True)
+                    self._settle(claim, [delivery], left)
+                    silent_at = silent_at if delivery.answer.status else time.monotonic()
+        finally:
+            if is_free:
+                self._lane.release()
+
+    def _deliver(self, claim: Claim, group: list[Delivery]) -> list[Delivery]:
+        """Note each message's outcome, or how long it is to stay away."""
+        if len(group) > 1 and self._post_batch(claim, group):
+            return group
+        for delivery in group:
+            if not self._charges.ends_unposted(delivery):
+                self._post(claim, delivery)
+        return group
+
+    def _post(self, claim: Claim, delivery: Delivery, *, is_alone: bool = False) -> None:
+        """POST one message when a slot is free: count the receive, POST, judge the answer."""
+        with self.slots.turn() as posted_at:
+            if not self._may_post(claim, [delivery]):
+                return
+            delivery.answer = self._maker.post(delivery, self._settings.request_queue)
+        self._charges.judge([delivery], posted_at, is_alone=is_alone)
+
+    def _post_batch(self, claim: Claim, group: list[Delivery]) -> bool:
+        """POST them together; False where they are to be POSTed one by one: this receive counts against none then."""
+        with self.slots.turn() as posted_at:
+            if not self._may_post(claim, group):
+                return True
+            whole = self._maker.post_batch(group)
+        if whole:
+            self._charges.take_back_batch(group, whole, posted_at)
+            return False
+        self._charges.judge(group, posted_at)
+        return True
+
+    def _may_post(self, claim: Claim, group: list[Delivery]) -> bool:
+        """Whether a POST may begin now: the claim outlasts it, and the receive is counted on disk."""
+        is_held = all(delivery.message in claim.messages for delivery in group)
+        if self._stopping.is_set() or not is_held or not self.breaker.lets(claim.id):
+            return False
+        if claim.holds(self._maker.deadline + POST_SPARE_S):
+            return self._charges.begin(group)
+        self._charges.postpone(group)
+        return False
+
+    def _settle(self, claim: Claim, ended: list[Delivery], left: dict[str, Delivery]) -> None:
+        """Store the outcomes of those that have one, delete their messages, and take these out of what is left."""
+        ready = [delivery for delivery in ended if delivery.answer.outcome]
+        if not ready:
+            return
+        settlements = [delivery.settlement(self._settings.queues, self._settings.response_ttl) for delivery in ready]
+        if settled := self._insist(claim, "settle", lambda: self._queues.settle(claim, settlements)):
+            self._charges.end(ready, settled)
+            for id_ in settled.deleted:
+                del left[id_]
+
+    def _insist(self, claim: Claim, what: str, do: Callable[[], Result]) -> Result | None:
+        """Do it, again until the service has done it, and hold the claim meanwhile; None where a stop ends that."""
+        while True:
+            try:
+                result = do()
+            except (QueueUnavailable, QueueNotFound, QueueForbidden) as error:
+                now = time.monotonic()
+                if self._stopping.is_set():
+                    self._give_up_at = self._give_up_at or now + STOP_PATIENCE_S
+                    if now > self._give_up_at:
+                        return None
+                self._wait_out(what, error)
+                self._renew_in_time(claim)
+            else:
+                self.trouble.ends(what)
+                return result
+
+    def _renew_in_time(self, claim: Claim) -> None:
+        """Renew the claim at half of its TTL, and before a POST would not end in it. Raises ClaimLost."""
+        if claim.holds(max(claim.ttl / 2, self._maker.deadline + POST_SPARE_S + 2 * SETTLE_EVERY_S)):
+            return
+        try:
+            self._queues.renew(claim)
+            self.trouble.ends("renew")
+        except (QueueUnavailable, QueueNotFound, QueueForbidden) as error:
+            self.trouble.begins("renew", error)
+            if not claim.holds(0):
+                raise ClaimLost(f"it could not be renewed: {error}") from error
+
+    def _wait_out(self, what: str, error: QueueError) -> None:
+        """Say once that the service fails, create a queue that is gone where that is asked for, and pause."""
+        if isinstance(error, QueueNotFound):
+            if self._drain:
+                raise error
+            with suppress(QueuesError):
+                require_queues(self._queues, self._settings.queues, create=self._settings.create)
+        if self._drain:
+            self._drain.check(self.breaker)
+        pause = min(self.trouble.begins(what, error), self._settings.claim_ttl / 4)
+        if self._stopping.is_set():
+            time.sleep(min(pause, SETTLE_EVERY_S))
+        else:
+            self._stopping.wait(pause)
+
+
+@click.command(cls=Command)
 @queue_options("request", "response", "dead-letter")
-@option("--maker-url", default="http://127.0.0.1:5000/widgets", help="Where requests are POSTed.")
-@option("--allow-plain-http", is_flag=True, help="POST over http:// to other machines too.")
+@click.option("--maker-url", default="http://127.0.0.1:5000/widgets", metavar="URL", help="Where requests are POSTed.")
+@click.option("--health-url", metavar="URL", help="Asked whether the maker is well.  [default: /healthz of its origin]")
+@click.option("--allow-plain-http", is_flag=True, help="POST over http:// to other machines too.")
 @signing_options
-@option("--claim-ttl", type=WholeNumber(60, 43_200, "seconds"), default=300, help="Seconds a claim holds its messages.")
-@option(
-    "--grace", type=WholeNumber(60, 43_200, "seconds"), default=60, help="Seconds a claimed message outlives its claim."
-)
-@option(
-    "--claim-limit",
-    type=WholeNumber(1, 20, "messages"),
-    help="Messages a claim asks for.  [default: the service's most]",
-)
-@option("--slots", type=WholeNumber(1, 256, "slots"), default=8, help="POSTs in flight at once.")
-@option(
-    "--post-batch",
-    type=WholeNumber(1, 20, "requests"),
-    default=1,
-    help="Requests of one claim that go into one POST, for makers that take batches.",
-)
-@option(
-    "--deadline", type=Number(0.1, 43_190, "seconds"), default=20.0, help="Seconds for one POST, by the wall clock."
-)
-@option(
-    "--max-receives", type=WholeNumber(1, 1000, "receives"), default=5, help="Receives that count before a dead letter."
-)
-@option("--poll-interval", type=Number(0.1, 20, "seconds"), default=2.0, help="Longest idle wait, in seconds.")
-@option("--response-ttl", type=WholeNumber(60, 1_209_600, "seconds"), default=86_400, help="Seconds a response lives.")
-@option("--drain", is_flag=True, help="Exit once nothing is left, messages claimed by others included.")
-@option(
-    "--receive-counts",
-    metavar="FILE",
-    help="Where receives are counted; `none`: in memory alone.  [default: one file per user]",
-)
-@option(
-    "--metrics-port", type=WholeNumber(1, 65_535), help="Serve metrics, health and a status page on this loopback port."
-)
-@option("--log-format", type=click.Choice(["text", "json"]), default="text", help="Form of the log on stderr.")
-@option(
-    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", help="Least level logged."
-)
-@option("--check", is_flag=True, help="Check queues, maker and options, say what is wrong with them, and exit.")
-@click.version_option(__version__)
+@click.option("--claim-ttl", type=CLAIM_SECONDS, default=300, help="Seconds a claim holds its messages.")
+@click.option("--grace", type=CLAIM_SECONDS, default=60, help="Seconds a claimed message outlives its claim.")
+@click.option("--claim-limit", type=click.IntRange(1, 20), help="Messages of a claim.  [default: the service's most]")
+@click.option("--slots", type=click.IntRange(1, 256), default=8, help="POSTs in flight at once.")
+@click.option("--post-batch", type=click.IntRange(1, 20), default=1, help="Requests of a POST, where makers take that.")
+@click.option("--deadline", type=click.FloatRange(0.1, 43_190), default=20.0, help="Seconds for one POST, in all.")
+@click.option("--max-receives", type=click.IntRange(2, 1000), default=5, help="Receives charged before a dead letter.")
+@click.option("--poll-interval", type=click.FloatRange(0.1, 20), default=2.0, help="Longest idle wait, in seconds.")
+@click.option("--response-ttl", type=MESSAGE_SECONDS, default=86_400, help="Seconds a response lives.")
+@click.option("--drain", is_flag=True, help="Exit once nothing is left, messages claimed by others included.")
+@click.option("--drain-timeout", type=click.FloatRange(1, 1_209_600), help="Seconds until a drain gives up (exit 3).")
+@click.option("--receive-counts", type=FILE, help="File of this machine's receive counts.  [default: one of this user]")
+@click.option("--metrics-port", type=click.IntRange(1, 65_535), help="Serve metrics, health and a status page there.")
+@click.option("--metrics-host", default="127.0.0.1", help="Address for --metrics-port.")
+@click.option("--check", is_flag=True, help="Check queues, maker and options, say what is wrong with them, and exit.")
+@logging_options
 @click.pass_context
 def cli(ctx: click.Context, /, **given: Any) -> int:
     """Claim requests, POST each to the widget maker, and settle each by its answer.
 
     Runs until SIGTERM or Ctrl-C: then it finishes what is in flight, gives the rest back, and exits 0.
-    Exit codes: 0 stopped or drained, 1 failed, 2 usage, 4 credentials, 5 a local file cannot be used.
+    Exit codes: 0 stopped or drained, 1 failed, 2 usage, 3 the drain timed out, 4 credentials, 5 a local file.
     """
     configure_logging(given["log_format"], given["log_level"])
-    if given["check"]:
-        return _check(ctx, given)
-    if given["deadline"] > given["claim_ttl"] - 10:
-        raise ConfigError(f"--deadline {given['deadline']:g}: must be at most --claim-ttl less 10 seconds")
-    distinct(given["request_queue"], given["response_queue"], given["dead_letter_queue"])
-    maker = _maker(given)
+    signer = load_signer(given["signing_secret_file"], given["signing_secret_keyring"])
+    options = {name: given[name] for name in ("deadline", "health_url", "allow_plain_http")}
+    maker = Maker(given["maker_url"], signer=signer, **options)
+    counts_path = (given["receive_counts"] or state_path("receive-counts.sqlite3")).absolute()
     with open_queues(given["queue_url"]) as queues:
-        settings = _settings(ctx, queues, given)
+        settings = read_settings(ctx, queues, given)
+        if given["check"]:
+            report = Report()
+            maker.check(report)
+            check_queues(report, queues, settings.queues, **{name: given[name] for name in CHECKED})
+            check_state(report, counts_path)
+            return report.exit_code
         require_queues(queues, settings.queues, create=settings.create)
-        counts = _open_counts(queues, settings, given)
-        consumer = Consumer(queues, maker, counts, settings)
-
-        def stop() -> None:
-            log.info("stopping: finishing what is in flight; a second signal ends at once")
-            consumer.stop()
-
-        stay_on_one_core()
-        with _watched(consumer, maker, given):
-            run_until_signal(consumer.run, stop=stop)
-        counts.close()
+        for sentence in queues.inspect(settings.request_queue):
+            log.warning(sentence)
+        with closing(ReceiveCounts(counts_path, f"{queues.address} {settings.request_queue}")) as counts:
+            work(Consumer(queues, maker, counts, settings), maker, given)
     return 0
 
 
-def _check(ctx: click.Context, given: dict[str, Any]) -> int:
-    """Print what would keep a consumer with these options from its work; gives the exit code."""
-    report = Report()
-    maker = _maker(given)
-    if trouble := maker.trouble():
-        report.failure(f"maker {maker.url}: {trouble}")
-    elif not maker.is_healthy():
-        report.warning(f"maker {maker.url}: its /healthz does not answer: a bad message alone is tried for ever")
-    else:
-        report.ok(f"maker {maker.url}: answers as the widget maker does")
-    with open_queues(given["queue_url"]) as queues:
-        settings = _settings(ctx, queues, given)
-        options = {name: given[name] for name in ("claim_ttl", "grace", "deadline", "create")}
-        check_queues(report, queues, settings.queues, **options)
-        _open_counts(queues, settings, given).close()
-    report.ok("the other options fit, and receives can be counted")
-    return report.exit_code
+def work(consumer: Consumer, maker: Maker, given: dict[str, Any]) -> None:
+    """Run the consumer until it is done or a signal stops it."""
+    is_stopped = threading.Event()
+
+    def stop() -> None:
+        log.info("stopping: finishing what is in flight; a second signal ends at once")
+        is_stopped.set()
+        consumer.stop()
+
+    with watched(consumer, maker, given):
+        log.info("consuming", queue=given["request_queue"], maker=maker.url)
+        run_until_signal(consumer.run, stop)
+        log.info("drained" if given["drain"] and not is_stopped.is_set() else "stopped", **consumer.metrics.totals())
 
 
-@contextmanager
-def _watched(consumer: Consumer, maker: Maker, given: dict[str, Any]) -> Iterator[None]:
-    """Show the consumer's numbers until the block ends: on a terminal, and where --metrics-port asks for it."""
-    port = given["metrics_port"]
-    if not port and not (is_terminal(sys.stderr) and given["log_format"] == "text"):
-        yield
-        return
-    from monitoring import Monitor, serve
-
-    with open_queues(given["queue_url"]) as queues:  # its own: what it asks must not hold up claims
-        names = {kind: given[f"{kind}_queue"] for kind in ("request", "dead_letter")}
-        monitor = Monitor(consumer, maker, queues, names)
-        with live_line(monitor.status_line), serve(monitor, port) if port else nullcontext():
-            yield
-
-
-def _settings(ctx: click.Context, queues: Queues, given: dict[str, Any]) -> Settings:
-    """The options as this service can honour them; an option that it cannot is refused."""
+def read_settings(ctx: click.Context, queues: Queues, given: dict[str, Any]) -> Settings:
+    """The options, where they fit each other, this machine and the service; raises ConfigError."""
     limits = queues.limits
-    require_grace(ctx, limits)
+    refuse_unsupported(ctx, limits)
+    if given["deadline"] > given["claim_ttl"] - 10:
+        raise ConfigError(f"--deadline {given['deadline']:g}: must be at most --claim-ttl less 10 seconds")
+    if (given["claim_limit"] or 0) > limits.claim_limit:
+        raise ConfigError(f"--claim-limit {given['claim_limit']}: {limits.service} takes up to {limits.claim_limit}")
+    check_descriptors(given["slots"])
     values = {name: given[name] for name in Settings.__dataclass_fields__}
     values["claim_limit"] = given["claim_limit"] or limits.claim_limit
-    values["response_ttl"] = message_ttl(ctx, limits, "response_ttl")
-    limits.check_claim(ttl=values["claim_ttl"], grace=values["grace"], limit=values["claim_limit"])
-    limits.check_message_ttl(values["response_ttl"])
+    if given["drain"] and not limits.approximate_s:
+        values["poll_interval"] = min(given["poll_interval"], DRAIN_LOOKS_EVERY_S)
+    values["response_ttl"] = given["response_ttl"] if limits.has_message_ttl else None
     return Settings(**values)
 
 
-def _maker(given: dict[str, Any]) -> Maker:
-    return Maker(
-        given["maker_url"],
-        deadline_s=given["deadline"],
-        signer=load_signer(given["signing_secret_file"], given["signing_secret_keyring"]),
-        allow_plain_http=given["allow_plain_http"],
-    )
-
-
-def _open_counts(queues: Queues, settings: Settings, given: dict[str, Any]) -> ReceiveCounts:
-    path, name = None, given["receive_counts"]
-    if name != "none":
-        path = Path(name).absolute() if name else state_path("receive-counts.sqlite3")
-    source = f"{queues.address} {settings.request_queue}"
-    return ReceiveCounts(path, source, counted_by_service=queues.limits.counts_receives)
-
-
-def main() -> None:
-    """Entry point of the command `widget-consumer`."""
-    end_at_interrupt()
-    run(cli)
-
-
 if __name__ == "__main__":
-    main()
+    cli()

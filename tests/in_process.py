@@ -1,12 +1,9 @@
-"""A script's entry point run in the test's own process, which saves the start of one."""
+"""A command run in the test's own process, which saves the start of one."""
 
 import signal
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
-from unittest.mock import patch
 
+import click
 from click.testing import CliRunner
 
 
@@ -23,18 +20,12 @@ class Ended:
         return self.out.splitlines()
 
 
-def call(main: Callable[[], NoReturn], *options: object, stdin: bytes = b"") -> Ended:
-    """Run the entry point with these options to its exit."""
-    usual = signal.getsignal(signal.SIGINT)
-    with CliRunner().isolation(stdin) as (out, err, _), patch.object(sys, "argv", ["script", *map(str, options)]):
-        try:
-            main()
-        except SystemExit as exit_:
-            code = exit_.code
-        finally:
-            signal.signal(signal.SIGINT, usual)  # a consumer that starts lets it end the process
-        sys.stdout.flush()
-        sys.stderr.flush()
-        written = out.getvalue().decode(), err.getvalue().decode()
-    assert isinstance(code, int)
-    return Ended(code, *written)
+def run_command(command: click.Command, *options: object, stdin: bytes = b"") -> Ended:
+    """Run the command with these options to its exit; what is no SystemExit is raised. Signals stay as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        result = CliRunner().invoke(command, list(map(str, options)), input=stdin, catch_exceptions=False)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return Ended(result.exit_code, result.stdout, result.stderr)

@@ -1,5 +1,6 @@
 """What the tests share: waiting for a condition, free ports, and the project's scripts as real processes."""
 
+import json
 import os
 import shutil
 import signal
@@ -44,14 +45,27 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-class Script:
-    """One of the project's scripts as a process of its own. out, err: what it has written so far."""
+def under(line: str) -> tuple[str, ...]:
+    """A prefix for a script: it is started by a shell that has done this line first."""
+    return "sh", "-c", f'{line}; exec "$@"', "sh"
 
-    def __init__(self, name: str, *options: object, cwd: Path, env: dict[str, str] | None = None) -> None:
+
+class Script:
+    """One of the project's scripts as a process of its own. out, err: what it has written so far.
+
+    prefix: words that come before its command, see `under`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *options: object,
+        cwd: Path,
+        env: dict[str, str] | None = None,
+        prefix: tuple[str, ...] = (),
+    ) -> None:
         self._out, self._err = cwd / f"{name}-{id(self)}.out", cwd / f"{name}-{id(self)}.err"
-        command = [sys.executable, str(HERE / name), *map(str, options)]
-        if name == "claim_queues":
-            command = [sys.executable, "-m", name, *map(str, options)]
+        command = [*prefix, *_command(name), *map(str, options)]
         # Its own session, so that a test can kill it with whatever it started.
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
@@ -72,6 +86,11 @@ class Script:
     def err(self) -> str:
         return self._err.read_text(errors="replace")
 
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The lines of that event in a log that is written as JSON."""
+        lines = [json.loads(line) for line in self.err.splitlines(keepends=True) if line.endswith("}\n")]
+        return [line for line in lines if line["event"] == name]
+
     def exit_code(self, seconds: float = PATIENCE_S) -> int:
         """Wait for the end; fails the test, with the log, when that takes longer than `seconds`."""
         try:
@@ -91,9 +110,11 @@ class Script:
 
 
 @contextmanager
-def script(name: str, *options: object, cwd: Path, env: dict[str, str] | None = None) -> Iterator[Script]:
+def script(
+    name: str, *options: object, cwd: Path, env: dict[str, str] | None = None, prefix: tuple[str, ...] = ()
+) -> Iterator[Script]:
     """Run a script until the block ends; it is killed there if it still runs."""
-    running = Script(name, *options, cwd=cwd, env=env)
+    running = Script(name, *options, cwd=cwd, env=env, prefix=prefix)
     try:
         yield running
     finally:
@@ -102,9 +123,8 @@ def script(name: str, *options: object, cwd: Path, env: dict[str, str] | None = 
 
 def run_script(name: str, *options: object, cwd: Path, env: dict[str, str] | None = None, stdin: str = "") -> Any:
     """Run a script to its end: an object with returncode, stdout and stderr."""
-    command = [sys.executable, "-m", name] if name == "claim_queues" else [sys.executable, str(HERE / name)]
     return subprocess.run(
-        [*command, *map(str, options)],
+        [*_command(name), *map(str, options)],
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(HERE)} | (env or {}),
         input=stdin,
@@ -113,6 +133,10 @@ def run_script(name: str, *options: object, cwd: Path, env: dict[str, str] | Non
         timeout=120,
         check=False,
     )
+
+
+def _command(name: str) -> list[str]:
+    return [sys.executable, "-m", name] if name == "claim_queues" else [sys.executable, str(HERE / name)]
 
 
 @contextmanager

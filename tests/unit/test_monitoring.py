@@ -1,344 +1,292 @@
-"""What a consumer tells of itself over HTTP, with a consumer whose every number a test decides, and with a real one."""
+"""What a real consumer at work tells of itself over HTTP."""
 
-import json
 import re
+import socket
 import subprocess
 import sys
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+from doubles.scripted_maker import Post, Reply, ScriptedMaker
+from doubles.troubled_queues import TroubledQueues
 from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client.parser import text_string_to_metric_families
-from scripted_maker import Raw, Reply, ScriptedMaker
-from support import HERE, free_port, tool_or_skip, wait_until
+from support import HERE, free_port, wait_until
 
-import monitoring
-from claim_queues import QueueUnavailable, Stats, fresh
-from claim_queues.breaker import Failure
+from claim_queues import QueueForbidden
 from claim_queues.sqlite import SqliteQueues
-from delivery import Durations, Maker
-from monitoring import Monitor, serve
-from widget_maker import create_app
+from receive_counts import ReceiveCounts
+from widget_consumer import Consumer, Settings
+from widgets.delivery import Maker
+from widgets.monitoring import watched
 
-NAMES = {"request": "requests", "dead_letter": "dead-letters"}
-STATUS = {"claims": 2, "held": 12, "waiting": 7, "posting": 5, "busy_slots": 4}
-
-
-class Consumer:
-    """As much of a consumer as a monitor looks at."""
-
-    def __init__(self) -> None:
-        self.totals: Counter[str] = Counter()
-        self.requests: Counter[str] = Counter()
-        self.post_times = Durations()
-        self.maker_trouble: Failure | None = None
-        self.is_stuck = False
-
-    def status(self) -> dict[str, int]:
-        return STATUS
-
-
-class Service(SqliteQueues):
-    """A queue service whose stats a test decides. asked: how often it was asked for them."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.asked: list[str] = []
-        self.answer: Callable[[str], Stats] = super().stats
-
-    def stats(self, queue: str) -> Stats:
-        self.asked.append(queue)
-        return self.answer(queue)
+QUEUES = {"request_queue": "requests", "response_queue": "responses", "dead_letter_queue": "letters"}
+REJECTED = Reply(422, {"error": {"code": "bad", "message": "no such widget"}})
 
 
 class Bench:
-    """A monitor that is served, and what it looks at."""
+    """A consumer that is watched, and what it works with. url: where it is served."""
 
-    def __init__(self, service: Service, maker: ScriptedMaker, port: int) -> None:
-        self.consumer = Consumer()
-        self.service = service
+    def __init__(self, directory: Path, maker: ScriptedMaker, closing: ExitStack) -> None:
         self.maker = maker
-        self.url = f"http://127.0.0.1:{port}"
+        self.file = directory / "q"
+        self.real = closing.enter_context(SqliteQueues(self.file))
+        self.queues: Any = TroubledQueues(self.real)
+        counts = ReceiveCounts(directory / "counts", "requests")
+        closing.callback(counts.close)
+        for name in QUEUES.values():
+            self.real.create(name)
+        self._maker = Maker(maker.url, deadline=5)
+        numbers = {"claim_ttl": 60, "grace": 60, "claim_limit": 20, "slots": 2, "post_batch": 1, "max_receives": 5}
+        times = {"poll_interval": 0.05, "response_ttl": 3600, "drain_timeout": None}
+        settings = Settings(create=False, drain=False, **QUEUES, **numbers, **times)
+        self.consumer = Consumer(self.queues, self._maker, counts, settings)
+
+    def post(self, *ids: str) -> None:
+        self.real.post("requests", [{"widget_id": id_} for id_ in ids])
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        thread = threading.Thread(target=self.consumer.run)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.consumer.stop()
+            thread.join(30)
+            assert not thread.is_alive()
+
+    @contextmanager
+    def watched(self, host: str = "127.0.0.1", queue_url: str = "", port: int = 0) -> Iterator[None]:
+        port = port or free_port()
+        self.url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        given = {"metrics_host": host, "metrics_port": port, "log_format": "text"}
+        with watched(self.consumer, self._maker, QUEUES | given | {"queue_url": queue_url or f"sqlite:///{self.file}"}):
+            yield
 
     def get(self, path: str, **headers: str) -> requests.Response:
         return requests.get(self.url + path, headers=headers, timeout=10)
 
     def metrics(self) -> dict[str, float]:
-        """Each sample by its name and labels, as `name{label="value"}`."""
         return samples(self.get("/metrics").text)
+
+    def troubles(self) -> dict[str, str]:
+        """What keeps it from being ready."""
+        found = self.get("/readyz")
+        told: dict[str, str] = found.json()
+        status = told.pop("status")
+        assert (found.status_code, status) == ((503, "not ready") if told else (200, "ok"))
+        return told
 
 
 def samples(text: str) -> dict[str, float]:
-    found = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            labels = ",".join(f'{name}="{value}"' for name, value in sample.labels.items())
-            found[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
-    return found
+    """Each sample by its name, without the prefix of the consumer's, and its labels' values."""
+    return {
+        " ".join([sample.name.removeprefix("widget_consumer_"), *sample.labels.values()]): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    monkeypatch.setattr(monitoring, "PATIENCE_S", 0.3)
-    monkeypatch.setattr(fresh, "KEEP_S", 0.0)
-    port = free_port()
-    with ScriptedMaker() as maker, Service(tmp_path / "q.sqlite3") as service:
-        made = Bench(service, maker, port)
-        monitor: Any = made.consumer
-        with serve(Monitor(monitor, Maker(maker.url, deadline_s=5), service, NAMES), port):
-            yield made
+def maker() -> Iterator[ScriptedMaker]:
+    with ScriptedMaker() as running:
+        yield running
 
 
-# Metrics
+@pytest.fixture
+def bench(tmp_path: Path, maker: ScriptedMaker) -> Iterator[Bench]:
+    with ExitStack() as closing:
+        yield Bench(tmp_path, maker, closing)
 
 
-def test_metrics_tell_what_the_consumer_counted(bench: Bench) -> None:
-    bench.consumer.totals.update(received=20, redelivered=3, created=9, failed=1, retried=2, excused=4, lost=5)
-    bench.service.post("requests", [1, 2])
-    found = bench.metrics()
-    assert {name: found[f"widget_consumer_{name}"] for name in WANTED} == WANTED
+def test_metrics_count_what_the_consumer_does(bench: Bench) -> None:
+    failed: set[str] = set()
 
+    def answer(post: Post) -> Any:
+        if post.widget_id == "fails once" and not failed:
+            failed.add(post.widget_id)
+            return 500
+        return REJECTED if post.widget_id == "bad" else bench.maker.make(post)
 
-WANTED = {
-    "receives_total": 20,
-    "redeliveries_total": 3,
-    'outcomes_total{outcome="created"}': 9,
-    'outcomes_total{outcome="rejected"}': 0,
-    'outcomes_total{outcome="failed"}': 1,
-    'returns_total{why="failed"}': 2,
-    'returns_total{why="excused"}': 4,
-    "claims_lost_total": 5,
-    "claims_held": 2,
-    'messages{state="held"}': 12,
-    'messages{state="waiting"}': 7,
-    'messages{state="posting"}': 5,
-    "slots_busy": 4,
-    'breaker_state{state="closed"}': 1,
-    'breaker_state{state="misconfigured"}': 0,
-    'queue_messages{queue="request",state="free"}': 2,
-    'queue_messages{queue="dead_letter",state="free"}': 0,
-}
-
-
-def test_metrics_are_prometheus_text(bench: Bench) -> None:
-    assert bench.get("/metrics").headers["Content-Type"] == CONTENT_TYPE_LATEST
-
-
-def test_post_times_are_a_histogram_in_seconds(bench: Bench) -> None:
-    for seconds in (0.0005, 0.001, 0.3, 99):
-        bench.consumer.post_times.add(seconds)
-    name, found = "widget_consumer_post_duration_seconds", bench.metrics()
-    assert [found[f'{name}_bucket{{le="{le}"}}'] for le in ("0.001", "0.25", "0.5", "60.0", "+Inf")] == [2, 2, 3, 3, 4]
-    assert (found[f"{name}_count"], round(found[f"{name}_sum"], 4)) == (4, 99.3015)
-
-
-@pytest.mark.parametrize("trouble", Failure)
-def test_an_open_breaker_says_what_it_is_open_for(bench: Bench, trouble: Failure) -> None:
-    bench.consumer.maker_trouble = trouble
-    found = bench.metrics()
-    states = {state: found[f'widget_consumer_breaker_state{{state="{state}"}}'] for state in monitoring.BREAKER_STATES}
-    assert [state for state, value in states.items() if value] == [trouble.value]
-
-
-def test_requests_to_the_service_are_those_of_the_consumer_and_of_the_monitor(bench: Bench) -> None:
-    bench.consumer.requests.update(claim=5, count=1)
-    bench.service.requests.update(count=2)
-    found = bench.metrics()
-    assert found['widget_consumer_queue_requests_total{operation="claim"}'] == 5
-    assert found['widget_consumer_queue_requests_total{operation="count"}'] == 3
-
-
-def test_the_oldest_age_is_left_out_where_there_is_none(bench: Bench) -> None:
-    bench.service.post("requests", [1])
-    found = bench.metrics()
-    assert found['widget_consumer_queue_oldest_age_seconds{queue="request"}'] >= 0
-    assert 'widget_consumer_queue_oldest_age_seconds{queue="dead_letter"}' not in found
-
-
-def refuse(queue: str) -> Stats:
-    raise QueueUnavailable("the service is down")
-
-
-def test_a_service_that_fails_leaves_the_depth_out_and_nothing_else(bench: Bench) -> None:
-    assert 'widget_consumer_queue_messages{queue="request",state="free"}' in bench.metrics()
-    bench.service.answer = refuse
-    found = bench.metrics()
-    assert [name for name in found if name.startswith("widget_consumer_queue_")] == []
-    assert found["widget_consumer_slots_busy"] == 4
-
-
-def test_a_service_that_hangs_is_asked_once_and_not_waited_for(bench: Bench) -> None:
-    hanging = threading.Event()
-    bench.service.answer = lambda queue: Stats(0, 0, 0, None) if hanging.wait(30) else refuse(queue)
-    try:
-        for _ in range(3):
-            assert "widget_consumer_slots_busy" in bench.metrics()
-        assert sorted(bench.service.asked) == ["dead-letters", "requests"]
-    finally:
-        hanging.set()
-    wait_until(lambda: 'widget_consumer_queue_messages{queue="request",state="free"}' in bench.metrics())
-
-
-def test_the_service_is_not_asked_for_each_scrape(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fresh, "KEEP_S", 60.0)
-    assert bench.metrics().keys() == bench.metrics().keys()
-    assert sorted(bench.service.asked) == ["dead-letters", "requests"]
-
-
-def test_without_the_option_prometheus_client_is_not_imported() -> None:
-    program = "import sys, widget_consumer; sys.exit('prometheus_client' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=HERE, check=False).returncode == 0
-
-
-# Health
-
-
-def test_health_is_200_until_the_claim_loop_is_stuck(bench: Bench) -> None:
-    assert (bench.get("/healthz").status_code, bench.get("/healthz").json()) == (200, {"status": "ok"})
-    bench.consumer.is_stuck = True
-    assert (bench.get("/healthz").status_code, bench.get("/healthz").json()) == (503, {"status": "stuck"})
-
-
-def test_an_outage_of_others_is_not_ready_but_alive(bench: Bench) -> None:
-    bench.service.answer = refuse
-    bench.maker.health = Reply(503)
-    assert bench.get("/readyz").status_code == 503
-    assert bench.get("/healthz").status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("health", "answer", "troubles"),
-    [
-        (Reply(200, {"status": "ok"}), None, []),
-        (Reply(200, {"status": "ok"}), refuse, ["queue"]),
-        (Reply(503), None, ["maker"]),
-        (Reply(200, "<h1>Welcome</h1>"), None, ["maker"]),
-        (Raw(end="hang"), refuse, ["queue", "maker"]),
-    ],
-)
-def test_ready_says_what_cannot_be_reached(
-    bench: Bench, health: Reply | Raw, answer: Callable[[str], Stats] | None, troubles: list[str]
-) -> None:
-    bench.maker.health = health
-    bench.service.answer = answer or bench.service.answer
-    found = bench.get("/readyz")
-    assert found.status_code == (503 if troubles else 200)
-    told = found.json()
-    assert (told.pop("status"), list(told)) == ("not ready" if troubles else "ok", troubles)
-    assert all(told.values())
-
-
-# The page
-
-
-class Links(HTMLParser):
-    """What a page has its reader fetch, and the tags that have an end."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.targets: list[str] = []
-        self.tags: Counter[str] = Counter()
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.targets += [value or "" for name, value in attributes if name in ("href", "src", "action")]
-
-
-def test_the_page_shows_what_goes_on_without_files_from_outside(bench: Bench) -> None:
-    bench.consumer.totals.update(created=1234)
-    bench.service.post("requests", [1])
-    found = bench.get("/")
-    assert (found.status_code, found.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
-    for words in ("at work", "1,234", "12, of which 5 are being POSTed", "1 messages, the oldest", bench.maker.url):
-        assert words in found.text
-    links = Links(found.text)
-    assert {target: bench.get(target).status_code for target in links.targets} == {
-        "/style.css": 200,
-        "/metrics": 200,
-        "/healthz": 200,
-        "/readyz": 200,
+    bench.maker.answer = answer
+    bench.post("a", "b", "bad", "fails once")
+    bench.real.post("requests", ["no request"])
+    with bench.watched(), bench.working():
+        wait_until(lambda: bench.real.stats("responses").total == 5)
+        wait_until(lambda: bench.metrics()["messages held"] == 0)
+        wait_until(lambda: "queue_oldest_age_seconds request" not in bench.metrics())
+        found = bench.metrics()
+        assert bench.get("/metrics").headers["Content-Type"] == CONTENT_TYPE_LATEST
+    wanted = {
+        "receives_total": 6,
+        "redeliveries_total": 1,
+        "outcomes_total created": 3,
+        "outcomes_total rejected": 1,
+        "outcomes_total failed": 1,
+        "returns_total failed": 1,
+        "returns_total excused": 0,
+        "claims_lost_total": 0,
+        "slots_busy": 0,
+        "breaker_state closed": 1,
+        "breaker_state misconfigured": 0,
+        "service_failing settle": 0,
+        "post_duration_seconds_count": 5,
+        "post_duration_seconds_bucket +Inf": 5,
+        "queue_messages request free": 0,
+        "queue_messages dead_letter free": 1,
     }
-    assert not links.tags.keys() & {"script", "iframe", "img"}
-    assert "default-src 'none'" in found.headers["Content-Security-Policy"]
-    assert bench.get("/style.css").headers["Content-Type"] == "text/css"
+    assert {name: found[name] for name in wanted} == wanted
+    assert found["queue_oldest_age_seconds dead_letter"] >= 0
+    assert found["process_open_fds"] > 0
+
+
+def test_what_is_in_flight_is_held_and_waits_for_its_slot(bench: Bench) -> None:
+    bench.maker.answer = lambda post: bench.maker.hang()
+    bench.post("a", "b", "c")
+    with bench.watched(), bench.working():
+        wait_until(lambda: len(bench.maker.posts) == 2)
+        wait_until(lambda: bench.metrics().get("queue_messages request claimed", 0) >= 2)
+        found = bench.metrics()
+        assert (found["slots_busy"], found["messages held"]) == (2, found["queue_messages request claimed"])
+        bench.maker.answer = bench.maker.make
+        bench.maker.release()
+
+
+def test_an_outage_of_the_maker_is_told_with_its_reasons_and_is_no_cause_to_restart(bench: Bench) -> None:
+    bench.post(*map(str, range(12)))
+    with bench.watched(), bench.working():
+        wait_until(lambda: bench.metrics()["outcomes_total created"] == 12)  # its health page was asked, and was well
+        assert bench.troubles() == {}
+        bench.maker.health = Reply(503)
+        bench.maker.answer = lambda post: 503
+        bench.post(*(f"more {number}" for number in range(12)))
+        wait_until(lambda: bench.troubles().keys() == {"maker", "breaker"})
+        assert bench.troubles() == {"maker": f"{bench.maker.url}: HTTP 503", "breaker": "HTTP 503"}
+        states = {name: value for name, value in bench.metrics().items() if name.startswith("breaker_state")}
+        assert {name for name, value in states.items() if value} == {"breaker_state unavailable"}
+        assert (bench.get("/healthz").status_code, bench.get("/healthz").json()) == (200, {"status": "ok"})
+        with bench.maker.down():
+            wait_until(lambda: "onnect" in bench.troubles()["maker"])
+        bench.maker.health, bench.maker.answer = Reply(200), bench.maker.make
+        wait_until(lambda: bench.troubles() == {})
+
+
+def test_outcomes_that_cannot_be_stored_are_told_with_the_reason(bench: Bench) -> None:
+    bench.queues.fails["settle"] = lambda: QueueForbidden("SendMessage is denied")
+    bench.post("a")
+    with bench.watched(), bench.working():
+        wait_until(lambda: bench.troubles() == {"settle": "SendMessage is denied"})
+        found = bench.metrics()
+        assert (found["service_failing settle"], found["service_failing claim"], found["messages held"]) == (1, 0, 1)
+        bench.queues.fails.clear()
+        wait_until(lambda: bench.troubles() == {})
+        assert bench.metrics()["service_failing settle"] == 0
+
+
+def test_queues_that_cannot_be_looked_at_any_more_are_told_and_only_their_numbers_are_left_out(bench: Bench) -> None:
+    with bench.watched():
+        wait_until(lambda: "queue_messages request free" in bench.metrics())
+        bench.file.rename(bench.file.with_name("elsewhere"))
+        wait_until(lambda: "was removed" in bench.troubles().get("queue", ""))
+        wait_until(lambda: not [name for name in bench.metrics() if name.startswith("queue_")])
+        assert bench.metrics()["slots_busy"] == 0
+
+
+def test_a_queue_service_that_is_silent_holds_up_no_answer(bench: Bench) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"zaqar://?endpoint=http://127.0.0.1:{silent.getsockname()[1]}&project=p"
+        began = time.monotonic()
+        with bench.watched(queue_url=url):
+            assert bench.troubles().keys() == {"queue"}
+            assert "slots_busy" in bench.metrics()
+        assert time.monotonic() - began < 20
+
+
+def test_health_is_200_until_the_consumer_stops(bench: Bench) -> None:
+    with bench.watched():
+        with bench.working():
+            assert bench.get("/healthz").status_code == 200
+        found = bench.get("/healthz")
+        assert (found.status_code, found.json()) == (503, {"status": "stopping"})
+
+
+def test_the_page_shows_what_goes_on_without_scripts_or_files_from_outside(bench: Bench) -> None:
+    bench.maker.answer = lambda post: REJECTED if post.widget_id == "bad" else bench.maker.make(post)
+    bench.post("bad", *map(str, range(1234)))
+    with bench.watched(), bench.working():
+        wait_until(lambda: ">1,234</dd>" in bench.get("/").text)
+        found = bench.get("/")
+        targets = re.findall('(?:href|src|action)="(.*?)"', found.text)
+        assert {"/metrics", "/healthz", "/readyz"} <= set(targets)
+        assert [target for target in targets if not target.startswith("/") or not bench.get(target).ok] == []
+    assert found.headers["Content-Type"] == "text/html; charset=utf-8"
+    for words in ("at work", 'http-equiv="refresh"', "Breaker: closed", bench.maker.url):
+        assert words in found.text
+    assert "<script" not in found.text
+    assert found.headers["Content-Security-Policy"].startswith("default-src 'none'; ")
+    assert (found.headers["Cache-Control"], found.headers["X-Content-Type-Options"]) == ("no-store", "nosniff")
 
 
 def test_the_page_shows_trouble_as_text(bench: Bench) -> None:
-    def refuse_in_html(queue: str) -> Stats:
-        raise QueueUnavailable("<script>alert(1)</script>")
-
-    bench.service.answer = refuse_in_html
-    bench.consumer.maker_trouble = Failure.MISCONFIGURED
-    text = bench.get("/").text
+    bench.consumer.trouble.begins("claim", QueueForbidden("<script>alert(1)</script>"))
+    with bench.watched():
+        text = bench.get("/").text
     assert "in trouble" in text
-    assert "open: the maker is misconfigured" in text
-    assert "&lt;script&gt;" in text
-    assert "script" not in Links(text).tags
+    assert "Claim: &lt;script&gt;alert(1)" in text
 
 
-def test_no_other_path_is_served(bench: Bench) -> None:
-    assert bench.get("/widgets").status_code == 404
-    assert requests.post(f"{bench.url}/metrics", timeout=5).status_code == 501
+def status_for(bench: Bench, host: str | None, path: str) -> int:
+    """For a request that names this host, or none at all."""
+    with socket.create_connection(("127.0.0.1", int(bench.url.rpartition(":")[2])), timeout=10) as connection:
+        connection.sendall(f"GET {path} HTTP/1.0\r\n{f'Host: {host}' if host else 'Accept: */*'}\r\n\r\n".encode())
+        return int(connection.makefile().readline().split()[1])
 
 
-@pytest.mark.parametrize(("host", "status"), [("localhost:9", 200), ("127.0.0.1", 200), ("evil.example", 421)])
-def test_a_page_of_another_web_site_reads_nothing(bench: Bench, host: str, status: int) -> None:
-    for path in ("/metrics", "/", "/healthz", "/readyz"):
-        found = bench.get(path, Host=host)
-        assert found.status_code == status
-        assert ("widget_consumer_" in found.text) == (status == 200 and path == "/metrics")
+@pytest.mark.parametrize("path", ["/", "/metrics", "/readyz"])
+def test_no_other_web_site_reads_what_this_machine_alone_may(bench: Bench, path: str) -> None:
+    ours = ["localhost:9100", "127.0.0.1", "10.1.2.3:9100", "[::1]:9100", None]
+    theirs = ["evil.example:9100", "localhost.evil.example", "127.0.0.1.evil.example", "fade.de"]
+    with bench.watched():
+        assert {host: status_for(bench, host, path) for host in ours} == dict.fromkeys(ours, 200)
+        assert {host: status_for(bench, host, path) for host in theirs} == dict.fromkeys(theirs, 421)
+        assert status_for(bench, "probed.example", "/healthz") == 200
 
 
-# Conventions, and what is built on the names
+def test_one_that_others_may_reach_answers_to_any_name(bench: Bench) -> None:
+    with bench.watched(host="0.0.0.0"):
+        assert status_for(bench, "consumer.example:9100", "/metrics") == 200
 
 
-def exposed(bench: Bench, tmp_path: Path) -> dict[str, str]:
-    """The consumer's and the maker's /metrics, with a sample in each."""
-    bench.consumer.totals.update(created=1)
-    bench.consumer.requests.update(claim=1)
-    bench.service.post("requests", [1])
-    maker = create_app(tmp_path / "widgets.sqlite3").test_client()
-    for id_ in ("31f37378-54f4-11e5-ad75-3c970e65f731", "no id"):
-        maker.post("/widgets", json={"widget_id": id_})
-    return {"consumer": bench.get("/metrics").text, "maker": maker.get("/metrics").text}
+def test_a_port_in_use_is_an_error_that_names_it(bench: Bench) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(OSError, match=f"port {port}: .*in use"),
+            bench.watched(port=port),
+        ):
+            pass
 
 
-@pytest.mark.parametrize("whose", ["consumer", "maker"])
-def test_promtool_finds_nothing_to_say_about_the_metrics(bench: Bench, tmp_path: Path, whose: str) -> None:
-    promtool = tool_or_skip("promtool", package="prometheus")
-    text = exposed(bench, tmp_path)[whose]
-    done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+def test_its_port_is_free_again_after_the_end(bench: Bench) -> None:
+    port = free_port()
+
+    def is_free() -> bool:
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return True
+        return False
+
+    with bench.watched(port=port):
+        assert bench.get("/").ok
+    wait_until(is_free)
 
 
-def names_in(expression: str) -> set[str]:
-    return set(re.findall(r"widget_(?:consumer|maker)_[a-z_]+", re.sub(r'"[^"]*"', "", expression)))
-
-
-def test_the_dashboard_and_the_alerts_ask_for_metrics_that_exist(bench: Bench, tmp_path: Path) -> None:
-    there = {re.sub(r"\{.*", "", name) for text in exposed(bench, tmp_path).values() for name in samples(text)}
-    dashboard = json.loads((HERE / "deploy" / "grafana-dashboard.json").read_text())
-    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    asked += re.findall(r"expr: (.*)", (HERE / "deploy" / "prometheus-alerts.yml").read_text())
-    assert len(asked) > 20
-    for expression in asked:
-        wanted = names_in(expression)
-        assert wanted or "up{" in expression, expression
-        assert wanted <= there | {"widget_maker_faults_total"}, expression
-    own = {name for name in there if name.startswith("widget_consumer_")}
-    unused = own - {name for expression in asked for name in names_in(expression)}
-    assert unused == {"widget_consumer_post_duration_seconds_count", "widget_consumer_post_duration_seconds_sum"}
-
-
-def test_promtool_takes_the_alerts() -> None:
-    promtool = tool_or_skip("promtool", package="prometheus")
-    rules = HERE / "deploy" / "prometheus-alerts.yml"
-    done = subprocess.run([promtool, "check", "rules", rules], capture_output=True, text=True, check=False)
-    assert (done.returncode, "SUCCESS: 7 rules found" in done.stdout) == (0, True), done.stdout + done.stderr
+def test_what_no_option_asks_for_is_not_imported() -> None:
+    program = "import sys, widget_consumer; sys.exit(bool({'flask', 'waitress', 'rich.live'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", program], cwd=HERE, check=False).returncode == 0

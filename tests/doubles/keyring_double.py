@@ -1,0 +1,68 @@
+"""Keyring backends for tests, also by name: PYTHON_KEYRING_BACKEND=doubles.keyring_double.Keyring."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import keyring
+from keyring.backend import KeyringBackend
+from keyring.backends.chainer import ChainerBackend
+
+USER = "tester"
+KEY = "canary-5f0c7d1e9ab24c68"
+"""What keyring holds for USER; a test finds it wherever it leaks to."""
+
+
+class _Double(KeyringBackend):
+    priority = -2  # keyring never finds it by itself
+
+    def set_password(self, service: str, username: str, password: str) -> None:
+        raise NotImplementedError
+
+
+class Keyring(_Double):
+    """Holds one secret, and keeps it to itself."""
+
+    def get_password(self, service: str, username: str) -> str | None:
+        return KEY if (service, username) == ("pyrax", USER) else None
+
+
+class PlainText(Keyring):
+    """Holds the same secret as a backend of the package keyrings.alt, which writes it to a file."""
+
+
+class Encrypted(Keyring):
+    """Holds it as keyrings.alt's encrypted file does."""
+
+
+PlainText.__module__ = Encrypted.__module__ = "keyrings.alt.file"
+Encrypted.__name__ = "EncryptedKeyring"
+
+
+class Broken(_Double):
+    """A backend whose own service is away."""
+
+    def get_password(self, service: str, username: str) -> str | None:
+        raise RuntimeError("no D-Bus here")
+
+
+def chained(*backends: KeyringBackend) -> ChainerBackend:
+    """The backend that asks all of these, as keyring makes one where it finds several."""
+
+    class Chainer(ChainerBackend):
+        priority = -2
+        backends = ()
+
+    chainer = Chainer()
+    chainer.backends = backends
+    return chainer
+
+
+@contextmanager
+def keyring_of(backend: KeyringBackend) -> Iterator[None]:
+    """Use that backend until the block ends."""
+    before = keyring.core._keyring_backend
+    keyring.set_keyring(backend)
+    try:
+        yield
+    finally:
+        keyring.core._keyring_backend = before

@@ -1,0 +1,84 @@
+"""Charges: what a failure is charged, and how long its message stays away."""
+
+import statistics
+
+import pytest
+
+from claim_queues import Message
+from receive_counts import ReceiveCounts, Receives
+from widgets.breaker import Breaker
+from widgets.charges import Charges, backoff, release_delay
+from widgets.delivery import Answer, Delivery, Failure
+from widgets.monitoring import Metrics
+from widgets.slots import Slots
+
+FAILED = Answer(failure=Failure.FAILED, status=500)
+
+
+class WellMaker:
+    def is_well(self, since):
+        return True
+
+
+def delivery(*, took=0.0, receives=1, backoff=0.0, retry_after=0):
+    message = Message("m", {"widget_id": "w"}, 0.0)
+    answer = Answer(failure=Failure.UNAVAILABLE, retry_after=retry_after)
+    return Delivery(message, Receives(), Receives(receives), answer, took=took, backoff=backoff)
+
+
+@pytest.mark.parametrize(
+    ("took", "receives", "is_charged", "is_well", "seconds"),
+    [
+        (0.0, 1, True, True, 1),  # half a second, doubled at each receive
+        (0.0, 4, True, True, 8),
+        (3.0, 2, True, True, 12),  # what its POST took, where that is longer
+        (0.0, 30, True, True, 300),
+        (0.0, 30, False, True, 10),  # nothing charged: ten times what the POST took, at least 10 s
+        (4.0, 30, False, True, 40),
+        (90.0, 30, False, True, 300),
+        (4.0, 30, False, False, 10),  # the maker is not well
+    ],
+)
+def test_a_backoff_is_doubled_at_each_receive_up_to_a_limit(took, receives, is_charged, is_well, seconds):
+    found = backoff(delivery(took=took, receives=receives), is_charged=is_charged, is_well=is_well)
+
+    assert found == seconds
+
+
+@pytest.mark.parametrize(
+    ("backoffs", "longest"),
+    [([4.0], 4), ([300.0], 300), ([2.0, 300.0], 10), ([0.0, 6.0], 6), ([60.0, 300.0], 60)],
+)
+def test_a_claim_comes_back_within_its_longest_backoff_but_keeps_no_short_one_over_10_seconds(backoffs, longest):
+    found = [release_delay([delivery(backoff=seconds) for seconds in backoffs]) for _ in range(400)]
+
+    assert 0 <= min(found) < longest / 4
+    assert longest * 3 / 4 < max(found) <= longest
+    assert statistics.mean(found) == pytest.approx(longest / 2, rel=0.25)
+
+
+def test_a_claim_does_not_come_back_before_the_retry_after_of_its_only_message():
+    assert min(release_delay([delivery(backoff=2.0, retry_after=30)]) for _ in range(50)) == 30
+
+
+def test_a_retry_after_keeps_others_away_for_10_seconds_at_most():
+    asked, other = delivery(backoff=1.0, retry_after=200), delivery(backoff=1.0)
+
+    assert {release_delay([asked, other]) for _ in range(50)} == {10}
+
+
+def test_the_tenth_different_message_in_a_row_takes_back_what_the_others_were_charged(tmp_path):
+    counts, slots = ReceiveCounts(tmp_path / "counts.sqlite3", "q"), Slots(1, 1)
+    charges = Charges(counts, WellMaker(), Breaker(), slots, Metrics(), most=5)
+    messages = [Message(f"m{number}", {"widget_id": "w"}, 0.0) for number in range(10)]
+    held = charges.deliveries(messages).values()
+    charged = []
+    for each in held:
+        assert charges.begin([each])
+        each.answer = FAILED
+        charges.judge([each], 0.0)
+        charged.append(sum(receives.charged for receives in counts.of(m.id for m in messages).values()) / 5)
+
+    assert charged == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+    counts.close()
+    slots.close()

@@ -1,0 +1,62 @@
+"""Drain: it waits for what others hold and for a maker that is away, and gives up where waiting does not help."""
+
+import time
+
+import pytest
+
+from claim_queues.sqlite import SqliteQueues
+from widgets.breaker import Breaker
+from widgets.delivery import Answer, Failure
+from widgets.drain import Drain, DrainTimedOut, NothingPasses
+
+WRONG = Answer(failure=Failure.MISCONFIGURED, status=404, reason="HTTP 404")
+AWAY = Answer(failure=Failure.UNAVAILABLE, reason="refused")
+
+
+@pytest.fixture
+def queues(tmp_path):
+    with SqliteQueues(tmp_path / "q.sqlite3") as queues:
+        yield queues
+
+
+@pytest.fixture
+def now(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    return clock
+
+
+def test_it_gives_up_after_a_minute_in_which_another_server_answers(queues, now):
+    drain, breaker = Drain(queues, "requests", None), Breaker()
+    breaker.failed("a", WRONG, now[0], is_well=True)
+    now[0] += 60
+    drain.check(breaker)
+
+    now[0] += 1
+    with pytest.raises(NothingPasses, match="HTTP 404"):
+        drain.check(breaker)
+
+
+def test_it_waits_for_a_maker_that_is_not_well_unless_its_time_is_over(queues, now):
+    drain, breaker = Drain(queues, "requests", 5000), Breaker()
+    for number in range(10):
+        breaker.failed(f"m{number}", AWAY, now[0], is_well=False)
+    now[0] += 4999
+    drain.check(breaker)
+
+    now[0] += 2
+    with pytest.raises(DrainTimedOut):
+        drain.check(breaker)
+
+
+def test_it_is_over_when_nothing_is_left_neither_claimed_nor_delayed(queues):
+    drain = Drain(queues, "requests", None)
+    queues.post("requests", ["a"])
+    claim = queues.claim("requests", ttl=60, grace=60, limit=1)
+    assert not drain.is_over(found=False)
+
+    queues.release(claim, delay=100)
+    assert not drain.is_over(found=False)
+
+    queues.purge("requests")
+    assert drain.is_over(found=False)

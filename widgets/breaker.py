@@ -1,0 +1,126 @@
+"""Whether the maker takes anything at all.
+
+The *row* holds the different messages that failed since the last one that passed. When it reaches ten, the maker is at
+fault: the breaker opens, and what the row's members were charged is taken back. A failure is charged by this table:
+
+| failure                                          | charged                                                    |
+| ------------------------------------------------ | ---------------------------------------------------------- |
+| any, while the maker is not well or the row full | nothing                                                    |
+| failed                                           | one receive                                                |
+| unavailable, late                                | a fifth of one                                             |
+| misconfigured                                    | a fifth, if another message passed since this POST began   |
+| cut off after it was sent                        | nothing here: it is left open (see receive_counts.py)      |
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import structlog
+
+from receive_counts import RECEIVE
+
+from .delivery import Answer, Failure
+from .trouble import Pause
+
+CHARGES: dict[Failure | None, int] = {Failure.FAILED: RECEIVE, Failure.UNAVAILABLE: 1, Failure.LATE: 1, Failure.CUT: 0}
+MOST_IN_A_ROW = 10
+
+log = structlog.get_logger()
+
+
+class Breaker:
+    """While it is open, one claim at a time is tried. It closes when a POST that began after it opened passes.
+
+    failure, reason: why it is open. tries_at: when the next claim is tried (monotonic).
+    hopeless_since: since when it is open though the maker is well or another server answers (monotonic). Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.failure: Failure | None = None
+        self.tries_at = 0.0
+        self.hopeless_since: float | None = None
+        self._tried: str | None = None  # a claim; "": it is not known yet
+        self._opened_at, self._passed_at = 0.0, 0.0
+        self._row: dict[str, int] = {}  # what each was charged since one passed
+        self._pause, self._must_pause = Pause(), False
+        self._lock = threading.Condition()
+
+    @property
+    def is_open(self) -> bool:
+        return self.failure is not None
+
+    @contextmanager
+    def turn(self) -> Iterator[bool]:
+        """While it is open, wait until no other claim is tried; gives whether it is open."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._tried is None or not self.is_open)
+            is_try = self.is_open
+            if is_try:
+                self._tried = ""
+        try:
+            yield is_try
+        finally:
+            if is_try:
+                with self._lock:
+                    self._tried = None
+                    self._lock.notify_all()
+
+    def tries(self, claim: str) -> None:
+        """This is the claim that is tried."""
+        self._tried = claim
+
+    def lets(self, claim: str) -> bool:
+        """Whether messages of that claim may be POSTed now."""
+        return not self.is_open or self._tried == claim
+
+    def next_pause(self) -> float:
+        """Seconds to wait before the next claim is tried; none where the maker is well and only messages fail."""
+        with self._lock:
+            pause = self._pause.next() if self._must_pause else 0.0
+            self.tries_at = time.monotonic() + pause
+            return pause
+
+    def passed(self, posted_at: float) -> None:
+        """A POST that began at that monotonic time had an outcome."""
+        with self._lock:
+            self._passed_at = time.monotonic()
+            if self.is_open and posted_at < self._opened_at:
+                return
+            if self.is_open:
+                log.info("the maker is back", seconds=round(self._passed_at - self._opened_at, 1))
+            self.failure, self.reason = None, ""
+            self._must_pause, self.hopeless_since = False, None
+            self._pause.reset()
+            self._row.clear()
+            self._lock.notify_all()
+
+    def failed(self, id_: str, answer: Answer, posted_at: float, *, is_well: bool) -> tuple[int, dict[str, int]]:
+        """Returns what to charge this message, in fifths, and what to add for others by id: it takes from them."""
+        is_misconfigured = answer.failure is Failure.MISCONFIGURED
+        with self._lock:
+            if len(self._row) < MOST_IN_A_ROW:
+                self._row.setdefault(id_, 0)
+            is_row = len(self._row) >= MOST_IN_A_ROW
+            if is_row or (is_misconfigured and not self._passed_at):
+                self._open(answer)
+            self._must_pause = is_misconfigured or not is_well
+            is_hopeless = self.is_open and (is_well or is_misconfigured)
+            self.hopeless_since = (self.hopeless_since or time.monotonic()) if is_hopeless else None
+            if is_row:
+                back, self._row = self._row, dict.fromkeys(self._row, 0)
+                return 0, {other: -charged for other, charged in back.items() if charged}
+            if not is_well:
+                return 0, {}
+            charge = CHARGES.get(answer.failure, int(self._passed_at > posted_at))
+            self._row[id_] += charge
+            return charge, {}
+
+    def _open(self, answer: Answer) -> None:
+        if not self.is_open:
+            say = log.error if answer.failure is Failure.MISCONFIGURED else log.warning
+            say("the maker fails: trying it with one claim at a time", reason=answer.reason)
+            self._opened_at = time.monotonic()
+        self.failure, self.reason = answer.failure, answer.reason

@@ -1,0 +1,199 @@
+"""What a failure is charged to its message, and how long the message stays away."""
+
+import random
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+
+import structlog
+
+from claim_queues import Message, QueueUnavailable, Settled
+from receive_counts import RECEIVE, ReceiveCounts, Receives
+
+from .breaker import Breaker
+from .delivery import Answer, Delivery, Failure, Maker
+from .monitoring import Metrics
+from .slots import Slots
+
+BACKOFF_S, LONGEST_BACKOFF_S, SHORT_BACKOFF_S = 0.5, 300.0, 10.0
+MANY = 10
+"""Where nothing is charged a message stays away for so many times what its POST took: the slow hold up no others."""
+FRESH_S = 1.0
+"""A health answer may be so much older than the failure that it judges."""
+
+log = structlog.get_logger()
+
+
+class Charges:
+    """Judges the answers of a maker. most: receives before a message is a dead letter, at least 2."""
+
+    def __init__(
+        self, counts: ReceiveCounts, maker: Maker, breaker: Breaker, slots: Slots, metrics: Metrics, *, most: int
+    ) -> None:
+        self._counts = counts
+        self._metrics = metrics
+        self._maker = maker
+        self._breaker = breaker
+        self._slots = slots
+        self._most = most * RECEIVE
+        self._most_open = 1 if most < 3 else 2
+
+    def deliveries(self, messages: Sequence[Message]) -> dict[str, Delivery]:
+        """By id, the messages that were claimed just now, with what is known of them."""
+        before = self._counts.of(message.id for message in messages)
+        found = {message.id: Delivery(message, before.get(message.id, Receives())) for message in messages}
+        self._metrics.claimed(found.values())
+        return found
+
+    def plan(self, left: Collection[Delivery], batch: int) -> tuple[list[list[Delivery]], list[Delivery]]:
+        """What is POSTed together, fresh messages in groups of up to `batch`, and what is POSTed alone in the lane."""
+        lane = [delivery for delivery in left if self._is_for_lane(delivery)]
+        others = [delivery for delivery in left if delivery not in lane]
+        fresh = [each for each in others if batch > 1 and each.widget_id is not None and not each.before.receives]
+        alone = [[delivery] for delivery in others if delivery not in fresh]
+        return [fresh[n : n + batch] for n in range(0, len(fresh), batch)] + alone, lane
+
+    def ends_unposted(self, delivery: Delivery) -> bool:
+        """Whether it is a dead letter without another POST; its answer says why."""
+        if delivery.widget_id is None:
+            delivery.answer = Answer("failed", reason="the body is not a request")
+        elif self._is_spent(delivery):
+            reason = f"received {delivery.receive_count} times without an outcome"
+            delivery.answer = Answer("failed", reason=reason)
+        return delivery.answer.outcome is not None
+
+    def begin(self, deliveries: Sequence[Delivery]) -> bool:
+        """Count, just before a POST, one more receive of each, charge it, and leave it open.
+
+        False where that cannot be noted now: then there must be no POST.
+        """
+        try:
+            begun = self._counts.begin([delivery.id for delivery in deliveries])
+        except QueueUnavailable as error:
+            log.warning("receives not counted: no POST", reason=str(error))
+            self.postpone(deliveries)
+            return False
+        for delivery, receives in zip(deliveries, begun, strict=True):
+            delivery.receives, delivery.charged = receives, RECEIVE
+        return True
+
+    def judge(self, deliveries: Sequence[Delivery], posted_at: float, *, is_alone: bool = False) -> None:
+        """Tell the breaker of each answer; after a failure charge the message, and decide how long it stays away.
+
+        is_alone: nothing else is to blame where no answer came.
+        """
+        took = time.monotonic() - posted_at
+        for delivery in deliveries:
+            delivery.took = took
+            if delivery.answer.outcome:
+                self._pass(delivery, posted_at)
+            else:
+                self._fail(delivery, posted_at, is_alone=is_alone)
+            self._metrics.posted(delivery)
+        if any(delivery.answer.status or delivery.answer.failure is Failure.LATE for delivery in deliveries):
+            self._slots.took(took)
+
+    def postpone(self, deliveries: Iterable[Delivery]) -> None:
+        """Let them stay away for a while, though they were not POSTed."""
+        for delivery in deliveries:
+            delivery.backoff = SHORT_BACKOFF_S
+
+    def take_back(self, deliveries: Iterable[Delivery], stored: Collection[str]) -> None:
+        """What is not settled though it has an outcome is charged nothing for its last receive.
+
+        An answer closes it, what got none stays as open as it is. stored: ids of messages that have a dead letter
+        already if they failed; another POST could only contradict it.
+        """
+        for delivery in deliveries:
+            has_failed = delivery.answer.outcome == "failed"
+            if delivery.charged and delivery.answer.outcome and not (has_failed and delivery.id in stored):
+                self._charge(delivery, 0, None if has_failed else 0)
+
+    def take_back_batch(self, deliveries: Sequence[Delivery], whole: Answer, posted_at: float) -> None:
+        """A batch failed as a whole, and its messages are POSTed one by one: the receive is charged to none."""
+        log.warning("a batch failed: POSTing its messages one by one", reason=whole.reason)
+        if whole.asks_for_patience:
+            self._slots.busy(deliveries[0].id, whole, posted_at)
+        for delivery in deliveries:
+            self._charge(delivery, 0)
+
+    def end(self, deliveries: Sequence[Delivery], settled: Settled) -> None:
+        """Forget what is settled, and log the end of each of these messages."""
+        self._counts.forget(settled.deleted)
+        for delivery in deliveries:
+            answer, error = delivery.answer, settled.refused.get(delivery.id)
+            if error:
+                delivery.backoff = LONGEST_BACKOFF_S
+                log.error("no queue accepts the outcome: it stays queued", **delivery.fields(), reason=str(error))
+            elif delivery.id not in settled.deleted:
+                self._metrics.lost.inc()
+                log.warning("claim lost: another consumer gets the message", **delivery.fields())
+            else:
+                self._metrics.settled(delivery)
+                event, say = ("dead letter", log.error) if answer.outcome == "failed" else (answer.outcome, log.info)
+                say(event, **delivery.fields(), outcome=answer.outcome, reason=answer.reason or None)
+
+    def _is_for_lane(self, delivery: Delivery) -> bool:
+        """Whether its POSTs are known to end with their consumer or with the maker's death."""
+        is_killer = delivery.before.open >= self._most_open
+        return is_killer and delivery.widget_id is not None and not self._is_spent(delivery)
+
+    def _is_spent(self, delivery: Delivery) -> bool:
+        return delivery.before.charged >= self._most
+
+    def _pass(self, delivery: Delivery, posted_at: float) -> None:
+        if delivery.answer.status:  # else the body could not be sent
+            self._slots.passed()
+            self._breaker.passed(posted_at)
+        if delivery.before.open:  # a consumer that dies before it is settled would charge it for nothing
+            self._charge(delivery, 0)
+
+    def _fail(self, delivery: Delivery, posted_at: float, *, is_alone: bool) -> None:
+        answer, is_stopping = delivery.answer, self._slots.is_stopping
+        if answer.asks_for_patience:
+            self._slots.busy(delivery.id, answer, posted_at)
+        is_well = not is_stopping and self._maker.is_well(time.monotonic() - FRESH_S)
+        if is_alone and answer.failure in (Failure.CUT, Failure.LATE):
+            charge = RECEIVE
+        elif answer.status == 429 or is_stopping:
+            charge = 0
+        else:
+            charge, back = self._breaker.failed(delivery.id, answer, posted_at, is_well=is_well)
+            self._counts.charge(back)
+        if answer.failure is Failure.CUT or (answer.failure is Failure.LATE and not is_well):
+            left_open = delivery.before.open + 1
+        elif answer.failure is Failure.UNAVAILABLE and not answer.status:  # nothing was sent
+            left_open = delivery.before.open
+        else:
+            left_open = 0
+        self._charge(delivery, charge, left_open)
+        delivery.backoff = backoff(delivery, is_charged=charge > 0, is_well=is_well)
+        now = self._counts.of([delivery.id]).get(delivery.id, Receives())  # gone where another has settled it
+        if now.charged >= self._most:
+            delivery.answer = replace(answer, outcome="failed")
+        else:
+            say = log.warning if charge else log.debug  # an outage is not a line for each message
+            say("failed, comes back", **delivery.fields(), reason=answer.reason, charged=charge / RECEIVE)
+
+    def _charge(self, delivery: Delivery, fifths: int, left_open: int | None = 0) -> None:
+        """Let this be what its last receive is charged."""
+        self._counts.charge({delivery.id: fifths - delivery.charged}, left_open)
+        delivery.charged = fifths
+
+
+def backoff(delivery: Delivery, *, is_charged: bool, is_well: bool) -> float:
+    """The most seconds until a message that failed may come back: doubled at each receive."""
+    longest = LONGEST_BACKOFF_S if is_charged else max(SHORT_BACKOFF_S, MANY * delivery.took)
+    if not is_well:
+        longest = SHORT_BACKOFF_S
+    doubled = max(BACKOFF_S, delivery.took) * 2.0 ** min(delivery.receives.receives, 20)
+    return min(LONGEST_BACKOFF_S, longest, doubled)
+
+
+def release_delay(left: Sequence[Delivery]) -> float:
+    """Seconds until these come back together: the longest backoff, at most ten where another one is shorter than that,
+    with full jitter, and not before the maker's Retry-After."""
+    waits = [max(delivery.backoff, delivery.answer.retry_after) for delivery in left]
+    longest = min(max(waits), max(SHORT_BACKOFF_S, min(waits)))
+    asked = max(delivery.answer.retry_after for delivery in left)
+    return max(random.uniform(0, longest), min(asked, longest))  # noqa: S311

@@ -1,0 +1,51 @@
+"""What fails for a time: how long to pause before the next try, and one line when it begins and when it ends."""
+
+import random
+import threading
+
+import structlog
+
+from claim_queues import QueuesError
+
+PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
+
+log = structlog.get_logger()
+
+
+class Pause:
+    """Seconds to wait before the next try: exponential, with full jitter."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._longest = 0.0
+
+    def next(self) -> float:
+        self._longest = min(LONGEST_PAUSE_S, max(PAUSE_S, 2 * self._longest))
+        return random.uniform(0, self._longest)  # noqa: S311
+
+
+class Trouble:
+    """What a queue service does not do now. reasons: by what fails, such as claim, settle or renew. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+        self._pauses: dict[str, Pause] = {}
+        self._lock = threading.Lock()
+
+    def begins(self, what: str, error: QueuesError) -> float:
+        """Returns the seconds to wait before the next try."""
+        with self._lock:
+            if what not in self.reasons:
+                log.warning("the queue service fails: trying again", what=what, reason=str(error))
+            self.reasons[what] = str(error)
+            pause = self._pauses.setdefault(what, Pause()).next()
+        return max(pause, getattr(error, "retry_after", 0))
+
+    def ends(self, what: str) -> None:
+        if what in self.reasons:
+            with self._lock:
+                self._pauses.pop(what, None)
+                if self.reasons.pop(what, None):
+                    log.info("the queue service is back", what=what)
