@@ -12,15 +12,8 @@ import axe_playwright_python
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-CHROMIUM_OPTIONS = [
-    "--no-sandbox",  # root's Chromium starts only so
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+CHROMIUM_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+"""root's Chromium starts only without a sandbox."""
 AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
 LISTEN = """
 addEventListener("securitypolicyviolation", (event) => console.error("CSP:", event.violatedDirective));

@@ -1,0 +1,75 @@
+"""How maker and consumer serve pages: out of other web sites' reach, and until a block ends."""
+
+import logging
+import re
+import socket
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import waitress
+from flask import Flask, Response, request
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from werkzeug.exceptions import HTTPException
+
+from claim_queues.cli import one_line
+
+ADDRESS = re.compile(r"(localhost|[0-9.]+|\[[0-9a-f:.]+\])?(:[0-9]+)?")
+"""What a Host header says where no web site of others is meant, which a browser would call by its name."""
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class Refused(HTTPException):
+    """The request is answered with this status and, by the maker, with this error code and message as JSON."""
+
+    def __init__(self, status: int, error_code: str, message: str) -> None:
+        super().__init__(message)
+        self.code, self.error_code = status, error_code
+
+
+def create_app(names: Collection[str] | None, registry: CollectorRegistry, *headers: tuple[str, str]) -> Flask:
+    """An application that serves metrics, and answers to addresses and these names, in lower case (None: to all).
+
+    A web site of others could read it through a browser under a name of its own that leads here. Writing takes JSON,
+    which browsers send to others only where these allow it.
+    """
+    app = Flask("widgets")
+
+    @app.before_request
+    def check_host() -> None:
+        host = request.headers.get("Host", "").lower()
+        is_ours = names is None or ADDRESS.fullmatch(host) or re.sub(":[0-9]+$", "", host) in names
+        if not is_ours and request.path != "/healthz":  # which a probe may ask under any name
+            raise Refused(421, "host_not_allowed", f"{one_line(host, 80)!r} is not its name: see --allowed-host")
+
+    @app.after_request
+    def add_headers(response: Response) -> Response:
+        response.headers.update({**HEADERS, **dict(headers)})
+        return response
+
+    metrics = {"Content-Type": CONTENT_TYPE_LATEST}
+    app.add_url_rule("/metrics", "metrics", lambda: (generate_latest(registry), metrics))
+    return app
+
+
+@contextmanager
+def serving(app: Flask, host: str, port: int, threads: int, most_body_bytes: int) -> Iterator[None]:
+    """Serve until the block ends; what is being answered then has a second. Raises OSError where it cannot listen."""
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise OSError(f"cannot listen at {host} port {port}: {error.strerror}") from error
+    logging.getLogger("waitress").setLevel(logging.CRITICAL)  # it reports each client that goes away
+    limits = {"threads": threads, "connection_limit": 500, "max_request_body_size": most_body_bytes}
+    server = waitress.create_server(app, sockets=[listener], asyncore_use_poll=True, ident=None, **limits)
+    threading.Thread(target=server.run, name="server", daemon=True).start()
+    try:
+        yield
+    finally:
+        server.task_dispatcher.shutdown(timeout=1)
+        server.close()
