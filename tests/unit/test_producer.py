@@ -1,88 +1,90 @@
 """The producer: what it posts, what it prints, and how it waits."""
 
 import json
-import os
-import pty
 import signal
-import subprocess
-import sys
-import termios
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process import Ended, call
-from support import HERE, Script, run_script, wait_until
+from in_process import Ended, run_command
 
 import widget_producer
-from claim_queues import JSON, Page, PostIncomplete, QueueUnavailable, open_queues
-from claim_queues.sqlite import LIMITS, SqliteQueues
+from claim_queues import JSON, Message, PostIncomplete, QueueUnavailable
+from claim_queues.cli import state_path
+from claim_queues.sqlite import SqliteQueues
+from widget_producer import cli, random_ids
 
+Use = Callable[..., None]
 REQUESTS, RESPONSES = "itchy-octo-chainsaw-request", "itchy-octo-chainsaw-response"
 KNOWN = "31f37378-54f4-11e5-ad75-3c970e65f731"
 
 
 @pytest.fixture
-def queues(tmp_path: Path) -> Iterator[SqliteQueues]:
+def queues() -> Iterator[SqliteQueues]:
     """The queue file of this user, which the scripts take when they are told nothing."""
-    with open_queues() as found:
-        assert isinstance(found, SqliteQueues)
+    with SqliteQueues(state_path("queues.sqlite3")) as found:
+        found.create(REQUESTS)
         yield found
 
 
-NOTHING = "the file holds no id: nothing submitted\n"
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch, queues: SqliteQueues) -> Use:
+    """Let the producer open the queue file as this kind of queues, with these limits."""
+
+    def install(kind: type[SqliteQueues] = SqliteQueues, **limits: Any) -> None:
+        kind = type("Other", (kind,), {"limits": replace(kind.limits, **limits)})
+        path = Path(queues.address.removeprefix("sqlite:///"))
+        monkeypatch.setattr(widget_producer, "open_queues", lambda url: kind(path))
+
+    return install
 
 
 def produce(*options: object, stdin: bytes = b"") -> Ended:
-    return call(widget_producer.main, *options, stdin=stdin)
+    return run_command(cli, *options, stdin=stdin)
+
+
+def messages(queues: SqliteQueues, queue: str = REQUESTS) -> list[Message]:
+    return queues.browse(queue, limit=1_000_000)[0]
 
 
 def posted(queues: SqliteQueues, queue: str = REQUESTS) -> list[tuple[str, JSON]]:
-    return [(message.id, message.body) for message in queues.browse(queue, limit=1_000_000).messages]
+    return [(message.id, message.body) for message in messages(queues, queue)]
 
 
 def answer(request_id: str, outcome: str = "created", **more: JSON) -> dict[str, JSON]:
     return {"version": 1, "request_id": request_id, "outcome": outcome, "reason": None, **more}
 
 
-Respond = Callable[[SqliteQueues, Sequence[str]], Sequence[JSON]]
+class Answering(SqliteQueues):
+    """Has responses on the queue as soon as requests are stored. respond: makes them of the requests' ids."""
+
+    @staticmethod
+    def respond(ids: Sequence[str]) -> Sequence[JSON]:
+        return [answer(id_) for id_ in ids]
+
+    def post(self, queue: str, bodies: Any, **options: Any) -> list[str]:
+        ids = super().post(queue, bodies, **options)
+        super().post(RESPONSES, self.respond(ids))
+        return ids
 
 
-@pytest.fixture
-def answered(monkeypatch: pytest.MonkeyPatch, queues: SqliteQueues) -> Callable[[Respond], None]:
-    """Have responses on the queue as soon as requests are stored: those that the given function makes of their ids."""
-
-    def install(respond: Respond) -> None:
-        class Answering(SqliteQueues):
-            def post(self, queue: str, bodies: Sequence[JSON], *, ttl: int | None = None) -> list[str]:
-                ids = super().post(queue, bodies, ttl=ttl)
-                super().post(RESPONSES, respond(self, ids))
-                return ids
-
-        use(monkeypatch, queues, Answering)
-
-    return install
+def answering(respond: Callable[[Sequence[str]], Sequence[JSON]]) -> type[SqliteQueues]:
+    return type("AnsweringSo", (Answering,), {"respond": staticmethod(respond)})
 
 
-def use(monkeypatch: pytest.MonkeyPatch, queues: SqliteQueues, kind: type[SqliteQueues]) -> None:
-    """Let the producer open the queue file as this kind of queues."""
-    path = Path(queues.address.removeprefix("sqlite:///"))
-    monkeypatch.setattr(widget_producer, "open_queues", lambda url: kind(path))
+# Random ids
 
 
-def small_batches(monkeypatch: pytest.MonkeyPatch, queues: SqliteQueues, size: int) -> None:
-    class SmallBatches(SqliteQueues):
-        limits = _limits(post_batch=size)
-
-    use(monkeypatch, queues, SmallBatches)
-
-
-def _limits(**changes: Any) -> Any:
-    from dataclasses import replace
-
-    return replace(LIMITS, **changes)
+def test_random_ids_are_different_within_a_burst_and_tell_nothing_of_this_machine() -> None:
+    found = [uuid.UUID(text) for text in [*random_ids(50_000), *random_ids(50_000)]]
+    assert len(set(found)) == 100_000
+    assert {(id_.version, id_.variant) for id_ in found} == {(1, uuid.RFC_4122)}
+    assert len({id_.node for id_ in found}) == 2  # two processes have different ones
+    assert all(id_.node >> 40 & 1 for id_ in found)  # RFC 9562, 6.10: no network card has this bit
 
 
 # What is posted and printed
@@ -95,80 +97,64 @@ def test_each_widget_id_becomes_a_request_and_a_line_with_its_message_id(queues:
     assert (first_body, second_body) == ({"widget_id": KNOWN}, {"widget_id": "this_is_not_a_valid_widget_id"})
 
 
-def test_without_an_id_a_random_version_1_uuid_is_requested(queues: SqliteQueues) -> None:
-    _, widget_id = produce().out.split()
-    assert uuid.UUID(widget_id).version == 1
+def test_count_posts_so_many_random_ids_in_batches_that_the_service_takes(queues: SqliteQueues, use: Use) -> None:
+    sizes: list[int] = []
 
+    class Counting(SqliteQueues):
+        def post(self, queue: str, bodies: Any, **options: Any) -> list[str]:
+            sizes.append(len(bodies))
+            return super().post(queue, bodies, **options)
 
-def test_count_makes_so_many_different_ids_version_1(queues: SqliteQueues) -> None:
-    ended = produce("--count", 2_345)
-    ids = {body["widget_id"] for _, body in posted(queues)}
-    assert len(ids) == 2_345
-    assert {uuid.UUID(id_).version for id_ in ids} == {1}
+    use(Counting, post_limit=10)
+    ended = produce("--count", 25)
+    assert sizes == [10, 10, 5]
     assert ended.lines == [f"{message_id} {body['widget_id']}" for message_id, body in posted(queues)]
+    assert {uuid.UUID(body["widget_id"]).version for _, body in posted(queues)} == {1}
 
 
-def test_json_prints_one_object_a_line(queues: SqliteQueues) -> None:
-    ended = produce("--json", "--widget-id", "ü\n")
+def test_without_an_id_one_random_one_is_requested(queues: SqliteQueues) -> None:
+    _, widget_id = produce().out.split()
+    assert [body for _, body in posted(queues)] == [{"widget_id": str(uuid.UUID(widget_id))}]
+
+
+def test_json_prints_one_object_a_line(queues: SqliteQueues, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WIDGET_JSON", "1")
+    ended = produce("--widget-id", "ü\n")
     assert json.loads(ended.out) == {"message_id": posted(queues)[0][0], "widget_id": "ü\n"}
 
 
-def test_an_id_cannot_break_its_line_or_steer_the_terminal(queues: SqliteQueues) -> None:
+def test_no_id_can_break_its_line_or_steer_the_terminal(queues: SqliteQueues, use: Use) -> None:
+    class Odd(SqliteQueues):
+        def post(self, queue: str, bodies: Any, **options: Any) -> list[str]:
+            return [f"m\n{id_}" for id_ in super().post(queue, bodies, **options)]
+
+    use(Odd)
     ended = produce("--widget-id", "a\nb\x1b[31m\u202e")
-    assert ended.lines == [f"{posted(queues)[0][0]} a\\nb\\x1b[31m\\u202e"]
+    assert ended.lines == [f"m\\n{posted(queues)[0][0]} a\\nb\\x1b[31m\\u202e"]
     assert posted(queues)[0][1] == {"widget_id": "a\nb\x1b[31m\u202e"}
 
 
-def test_ttl_is_the_life_of_the_request(queues: SqliteQueues) -> None:
-    produce("--ttl", 60)
-    produce()
-    assert [message.ttl for message in queues.browse(REQUESTS).messages] == [60, 3600]
+@pytest.mark.parametrize(("seconds", "left"), [(50, ["short", "an hour"]), (3500, ["an hour"]), (3700, [])])
+def test_ttl_is_the_life_of_the_request(queues: SqliteQueues, seconds: int, left: list[str]) -> None:
+    produce("--ttl", 60, "--widget-id", "short")
+    produce("--widget-id", "an hour")
+    path = Path(queues.address.removeprefix("sqlite:///"))
+    with SqliteQueues(path, clock=lambda: time.time() + seconds) as later:
+        assert [body["widget_id"] for _, body in posted(later)] == left
 
 
-def test_ids_come_line_by_line_from_stdin(queues: SqliteQueues) -> None:
-    ended = produce("--ids-file", "-", stdin="\ufeffone\r\n\n  \n two ü\nthree".encode())
-    assert [body["widget_id"] for _, body in posted(queues)] == ["one", " two ü", "three"]
-    assert ended.code == 0
+def test_ids_come_line_by_line_from_stdin_or_a_file(queues: SqliteQueues, tmp_path: Path) -> None:
+    text = "\ufeffone\r\n\n  \n two ü\nthree".encode()
+    (tmp_path / "ids").write_bytes(text)
+    assert (produce("--ids-file", "-", stdin=text).code, produce("--ids-file", tmp_path / "ids").code) == (0, 0)
+    assert [body["widget_id"] for _, body in posted(queues)] == ["one", " two ü", "three"] * 2
 
 
-def test_ids_come_from_a_file(queues: SqliteQueues, tmp_path: Path) -> None:
-    (tmp_path / "ids").write_text("one\ntwo\n")
-    assert produce("--ids-file", tmp_path / "ids").code == 0
-    assert [body["widget_id"] for _, body in posted(queues)] == ["one", "two"]
-
-
-def test_an_empty_file_posts_nothing_and_is_no_error(queues: SqliteQueues) -> None:
-    assert produce("--ids-file", "-") == Ended(0, "", NOTHING)
-    assert produce("--ids-file", "-", "--wait", stdin=b"\n\n") == Ended(0, "", NOTHING)
-    assert posted(queues) == []
-
-
-def test_options_come_from_the_environment_too(queues: SqliteQueues, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"COUNT": "3", "TTL": "61", "JSON": "1", "REQUEST_QUEUE": "other"}.items():
-        monkeypatch.setenv(f"WIDGET_{name}", value)
-    ended = produce()
-    assert [message.ttl for message in queues.browse("other").messages] == [61, 61, 61]
-    assert [json.loads(line)["message_id"] for line in ended.lines] == [id_ for id_, _ in posted(queues, "other")]
-
-
-# What cannot be sent
-
-
-@pytest.mark.parametrize("stdin", [b"\xff\xfe", b"fine\n\xc3\n"])
+@pytest.mark.parametrize("stdin", [b"fine\n\xff\xfe\n", b"\x00\x80", b"fine\nfine\ncaf\xe9\n"])
 def test_what_is_no_text_is_refused_with_its_line_and_nothing_is_posted(queues: SqliteQueues, stdin: bytes) -> None:
-    ended = produce("--ids-file", "-", stdin=stdin)
-    assert (ended.code, ended.out) == (2, "")
-    assert ended.err == f"error: --ids-file, line {stdin.count(b'fine') + 1}: is no UTF-8 text\n"
-    assert posted(queues) == []
-
-
-def test_an_argument_that_is_no_utf_8_is_refused_and_shown_escaped(queues: SqliteQueues) -> None:
-    ended = produce("--widget-id", "a\udcff")
-    assert (ended.code, ended.out) == (2, "")
-    assert ended.err == (
-        "error: widget id a\\udcff: is no UTF-8 text: set a locale of UTF-8, such as LC_ALL=C.UTF-8,"
-        " or use --ids-file with a file in UTF-8\n"
-    )
+    number = stdin.count(b"fine") + 1
+    expected = f"error: --ids-file, line {number}: is no UTF-8 text\n"
+    assert produce("--ids-file", "-", stdin=stdin) == Ended(2, "", expected)
     assert posted(queues) == []
 
 
@@ -176,19 +162,83 @@ def test_the_largest_request_has_64_kibibytes(queues: SqliteQueues) -> None:
     room = 65_536 - len('{"widget_id": ""}')
     assert produce("--ids-file", "-", stdin=b"x" * room).code == 0
     ended = produce("--ids-file", "-", stdin=b"x" * (room + 1))
-    assert ended.code == 2
-    assert "over 65,536 bytes" in ended.err
-    assert len(posted(queues)) == 1
+    assert (ended.code, "over 65,536 bytes" in ended.err, len(posted(queues))) == (2, True, 1)
 
 
 def test_a_file_without_line_ends_is_not_read_to_its_end(queues: SqliteQueues) -> None:
     assert produce("--ids-file", "/dev/zero").code == 2
 
 
-def test_unreadable_ids_after_the_first_batch_leave_a_partly_posted_input(
-    queues: SqliteQueues, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--count", 1, "--ids-file", "-"],
+        ["--timeout", 5],
+        ["--wait", "--request-queue", "same", "--response-queue", "SAME"],
+        ["--wait", "--timeout", "nan"],
+    ],
+    ids=str,
+)
+def test_a_usage_error_is_one_line_and_leaves_no_file_behind(options: list[object], tmp_path: Path) -> None:
+    ended = produce(*options)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1), ended
+    assert list(tmp_path.rglob("*.sqlite3")) == []
+
+
+def test_the_first_request_makes_the_file_of_the_embedded_queue_and_says_so() -> None:
+    assert f"created missing queue queue={REQUESTS} at=sqlite:///" in produce("--count", 2).err
+    assert produce("--count", 2).err == ""
+
+
+# A post that ends half way
+
+FOUR = [word for id_ in "abcd" for word in ("--widget-id", id_)]
+
+
+class HalfWay(SqliteQueues):
+    """Of four bodies the service takes the first, refuses the second, and says nothing of the others."""
+
+    def post(self, queue: str, bodies: Any, **options: Any) -> list[str]:
+        (accepted,) = super().post(queue, bodies[:1], **options)
+        raise PostIncomplete("half way", accepted={0: accepted}, refused={1: "too odd"}, unknown=[2, 3])
+
+
+@pytest.mark.parametrize("is_waiting", [False, True])
+def test_an_incomplete_post_names_what_is_stored_what_is_not_and_what_nobody_knows(
+    queues: SqliteQueues, use: Use, is_waiting: bool
 ) -> None:
-    small_batches(monkeypatch, queues, 2)
+    use(HalfWay)
+    ended = produce(*FOUR, *(["--wait"] if is_waiting else []))
+    ((message_id, _),) = posted(queues)
+    told = [f"no response yet: {message_id} a"] if is_waiting else []
+    assert (ended.code, ended.lines) == (6, [] if is_waiting else [f"{message_id} a"])
+    assert ended.err.splitlines() == [
+        "not stored: b too odd",
+        "perhaps stored: c",
+        "perhaps stored: d",
+        *told,
+        "error: half way",
+    ]
+
+
+def test_a_service_that_fails_after_the_first_batch_leaves_a_partly_posted_input(
+    queues: SqliteQueues, use: Use
+) -> None:
+    class Failing(SqliteQueues):
+        def post(self, queue: str, bodies: Any, **options: Any) -> list[str]:
+            if {"widget_id": "c"} in bodies:
+                raise QueueUnavailable("gone away")
+            return super().post(queue, bodies, **options)
+
+    use(Failing, post_limit=2)
+    ended = produce(*FOUR)
+    assert [line.split()[1] for line in ended.lines] == ["a", "b"]
+    assert (ended.code, ended.err) == (6, "error: stored the first 2 requests and no more: gone away\n")
+    assert produce("--widget-id", "c") == Ended(1, "", "error: gone away\n")
+
+
+def test_unreadable_ids_after_the_first_batch_leave_a_partly_posted_input(queues: SqliteQueues, use: Use) -> None:
+    use(post_limit=2)
     ended = produce("--ids-file", "-", stdin=b"a\nb\nc\n\xff\n")
     assert [line.split()[1] for line in ended.lines] == ["a", "b"]
     assert ended.code == 6
@@ -196,70 +246,29 @@ def test_unreadable_ids_after_the_first_batch_leave_a_partly_posted_input(
     assert len(posted(queues)) == 2
 
 
-# A post that ends half way
-
-
-class HalfWay(SqliteQueues):
-    """Of four bodies the service takes the first, refuses the second, and says nothing of the others."""
-
-    def post(self, queue: str, bodies: Sequence[JSON], *, ttl: int | None = None) -> list[str]:
-        (accepted,) = super().post(queue, bodies[:1], ttl=ttl)
-        raise PostIncomplete("half way", accepted={0: accepted}, refused={1: "too odd"}, unknown=[2, 3])
-
-
-FOUR = [word for id_ in "abcd" for word in ("--widget-id", id_)]
-
-
-def test_an_incomplete_post_names_what_is_stored_what_is_not_and_what_nobody_knows(
-    queues: SqliteQueues, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_posting_names_what_is_perhaps_stored(
+    queues: SqliteQueues, use: Use, number: int, code: int
 ) -> None:
-    use(monkeypatch, queues, HalfWay)
-    ended = produce(*FOUR)
-    ((message_id, _),) = posted(queues)
-    assert ended.code == 6
-    assert ended.lines == [f"{message_id} a"]
-    assert ended.err.splitlines() == [
-        "not stored: b too odd",
-        "perhaps stored: c",
-        "perhaps stored: d",
-        "error: half way",
-    ]
-
-
-def test_an_incomplete_post_with_wait_names_what_is_stored_on_stderr(
-    queues: SqliteQueues, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use(monkeypatch, queues, HalfWay)
-    ended = produce("--wait", *FOUR)
-    ((message_id, _),) = posted(queues)
-    assert (ended.code, ended.out) == (6, "")
-    assert f"no response yet: {message_id} a" in ended.err.splitlines()
-    assert "not stored: b too odd" in ended.err.splitlines()
-
-
-def test_a_service_that_fails_after_the_first_batch_leaves_a_partly_posted_input(
-    queues: SqliteQueues, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Failing(SqliteQueues):
-        limits = _limits(post_batch=2)
-
-        def post(self, queue: str, bodies: Sequence[JSON], *, ttl: int | None = None) -> list[str]:
+    class Interrupted(SqliteQueues):
+        def post(self, queue: str, bodies: Any, **options: Any) -> list[str]:
+            ids = super().post(queue, bodies, **options)
             if {"widget_id": "c"} in bodies:
-                raise QueueUnavailable("gone away")
-            return super().post(queue, bodies, ttl=ttl)
+                signal.raise_signal(number)
+            return ids
 
-    use(monkeypatch, queues, Failing)
+    use(Interrupted, post_limit=2)
     ended = produce(*FOUR)
     assert [line.split()[1] for line in ended.lines] == ["a", "b"]
-    assert (ended.code, ended.err) == (6, "error: stored the first 2 requests and no more: gone away\n")
-    assert produce("--widget-id", "c") == Ended(1, "", "error: gone away\n")
+    assert ended.code == code
+    assert ended.err.split("\n")[:2] == ["perhaps stored: c", "perhaps stored: d"]
 
 
 # Waiting
 
 
 def test_wait_prints_each_outcome_with_its_reason_and_deletes_only_these_responses(
-    queues: SqliteQueues, answered: Callable[[Respond], None]
+    queues: SqliteQueues, use: Use
 ) -> None:
     strangers = [
         answer("another's"),
@@ -268,260 +277,79 @@ def test_wait_prints_each_outcome_with_its_reason_and_deletes_only_these_respons
         {"request_id": ["a"], "outcome": "created"},
         {"request_id": "a", "outcome": 7},
     ]
-    answered(lambda _, ids: [*strangers, answer(ids[1], "rejected", reason="bad\nid"), answer(ids[0])])
+    use(answering(lambda ids: [*strangers, answer(ids[1], "rejected", reason="bad\nid"), answer(ids[0])]))
     ended = produce("--wait", "--widget-id", KNOWN, "--widget-id", "bad")
     assert ended == Ended(1, f"bad rejected bad\\nid\n{KNOWN} created\n", "")
     assert [body for _, body in posted(queues, RESPONSES)] == strangers
 
 
-def test_wait_ends_with_0_when_all_are_created(queues: SqliteQueues, answered: Callable[[Respond], None]) -> None:
-    answered(lambda _, ids: [answer(id_) for id_ in ids])
+def test_wait_finds_its_responses_behind_many_others_and_ends_with_0_when_all_are_created(
+    queues: SqliteQueues, use: Use
+) -> None:
+    for _ in range(3):
+        queues.post(RESPONSES, [answer("another's")] * 1000)
+    use(Answering)
     ended = produce("--wait", "--count", 50)
     assert (ended.code, len(ended.lines), ended.err) == (0, 50, "")
-    assert posted(queues, RESPONSES) == []
+    assert len(posted(queues, RESPONSES)) == 3000
 
 
-def test_wait_with_json_prints_the_responses(queues: SqliteQueues, answered: Callable[[Respond], None]) -> None:
-    answered(lambda _, ids: [answer(ids[0], "failed", status=500)])
+def test_wait_with_json_prints_the_responses(queues: SqliteQueues, use: Use) -> None:
+    use(answering(lambda ids: [answer(ids[0], "failed", status=500)]))
     ended = produce("--wait", "--json")
     assert ended.code == 1
     assert json.loads(ended.out) == answer(posted(queues)[0][0], "failed", status=500)
 
 
-def test_a_repeated_response_is_printed_once_and_deleted(
-    queues: SqliteQueues, answered: Callable[[Respond], None]
-) -> None:
-    answered(lambda _, ids: [*[answer(ids[0])] * 30, answer(ids[1])])
-    ended = produce("--wait", "--widget-id", "a", "--widget-id", "b")
-    assert ended == Ended(0, "a created\nb created\n", "")
+def test_a_repeated_response_is_printed_once_and_deleted(queues: SqliteQueues, use: Use) -> None:
+    use(answering(lambda ids: [*[answer(ids[0])] * 30, answer(ids[1])]))
+    assert produce("--wait", "--widget-id", "", "--widget-id", "b") == Ended(0, " created\nb created\n", "")
     assert posted(queues, RESPONSES) == []
 
 
-def test_an_unknown_outcome_is_no_success(queues: SqliteQueues, answered: Callable[[Respond], None]) -> None:
-    answered(lambda _, ids: [answer(ids[0], "lost-in-space")])
+def test_an_unknown_outcome_is_no_success(queues: SqliteQueues, use: Use) -> None:
+    use(answering(lambda ids: [answer(ids[0], "lost-in-space")]))
     assert produce("--wait", "--widget-id", "a") == Ended(1, "a lost-in-space\n", "")
 
 
-def test_older_responses_are_not_looked_at(queues: SqliteQueues, monkeypatch: pytest.MonkeyPatch) -> None:
-    queues.post(RESPONSES, [answer("another's")] * 5)
-    browsed: list[str] = []
-
-    class Watched(SqliteQueues):
-        def browse(self, queue: str, **options: Any) -> Page:
-            page = super().browse(queue, **options)
-            browsed.extend(message.id for message in page.messages)
-            return page
-
-        def post(self, queue: str, bodies: Sequence[JSON], *, ttl: int | None = None) -> list[str]:
-            ids = super().post(queue, bodies, ttl=ttl)
-            super().post(RESPONSES, [answer(ids[0])])
-            return ids
-
-    use(monkeypatch, queues, Watched)
-    assert produce("--wait").code == 0
-    assert len(browsed) == 1
-
-
-def test_a_timeout_is_exit_3_and_names_what_has_no_response(
-    queues: SqliteQueues, answered: Callable[[Respond], None]
-) -> None:
-    answered(lambda _, ids: [answer(ids[0])])
+def test_a_timeout_is_exit_3_and_names_what_has_no_response(queues: SqliteQueues, use: Use) -> None:
+    use(answering(lambda ids: [answer(ids[0])]))
     ended = produce("--wait", "--timeout", 0.1, "--widget-id", "a", "--widget-id", "b")
     assert (ended.code, ended.out) == (3, "a created\n")
     assert ended.err.splitlines() == [
         f"no response yet: {posted(queues)[1][0]} b",
-        "error: 1 without a response after 0.1 s",
+        "error: 1 without a response after 0.1 s: is a consumer running?",
     ]
 
 
-def test_the_wait_outlives_a_queue_service_that_is_away_for_a_moment(
-    queues: SqliteQueues, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failures = iter([QueueUnavailable("away")] * 2)
+def test_the_wait_outlives_a_queue_service_that_is_away_for_a_moment(queues: SqliteQueues, use: Use) -> None:
+    failures = iter([QueueUnavailable("away")])
 
-    class Shaky(SqliteQueues):
-        def browse(self, queue: str, **options: Any) -> Page:
+    class Shaky(Answering):
+        def browse(self, queue: str, **options: Any) -> tuple[list[Message], str]:
             for failure in failures:
                 raise failure
             return super().browse(queue, **options)
 
-        def post(self, queue: str, bodies: Sequence[JSON], *, ttl: int | None = None) -> list[str]:
-            ids = super().post(queue, bodies, ttl=ttl)
-            super().post(RESPONSES, [answer(ids[0])])
-            return ids
-
         def delete(self, queue: str, ids: Sequence[str]) -> None:
             raise QueueUnavailable("away again")
 
-    use(monkeypatch, queues, Shaky)
-    monkeypatch.setattr(widget_producer, "RETRY_LOOK_S", 0.001)
+    use(Shaky)
     assert produce("--wait", "--widget-id", "a") == Ended(0, "a created\n", "")
 
 
-def test_a_request_that_is_posted_twice_waits_for_both(
-    queues: SqliteQueues, answered: Callable[[Respond], None]
-) -> None:
-    answered(lambda _, ids: [answer(id_) for id_ in ids])
-    assert produce("--wait", "--widget-id", "a", "--widget-id", "a") == Ended(0, "a created\na created\n", "")
+# What this service cannot do
 
 
-# What this service or this command line cannot do
+def test_what_the_service_cannot_do_is_refused_before_anything_is_posted(queues: SqliteQueues, use: Use) -> None:
+    given: list[int | None] = []
 
+    class Noting(SqliteQueues):
+        def post(self, queue: str, bodies: Any, **options: Any) -> list[str]:
+            given.append(options["ttl"])
+            return super().post(queue, bodies, **options)
 
-def test_wait_is_refused_where_the_service_cannot_browse(queues: SqliteQueues, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Blind(SqliteQueues):
-        limits = _limits(can_browse=False, service="Blind")
-
-    use(monkeypatch, queues, Blind)
-    assert produce("--wait") == Ended(2, "", "error: --wait: Blind cannot look for one response among others\n")
-    assert posted(queues) == []
-
-
-def test_a_ttl_that_the_service_cannot_honour_is_refused_unless_it_is_the_default(
-    queues: SqliteQueues, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class OneLife(SqliteQueues):
-        limits = _limits(message_ttl=None, service="OneLife")
-
-    use(monkeypatch, queues, OneLife)
-    refusal = "error: --ttl: OneLife has one message TTL for the whole queue\n"
-    assert produce("--ttl", 3600) == Ended(2, "", refusal)
-    assert produce().code == 0
-    monkeypatch.setenv("WIDGET_TTL", "3600")
-    assert produce().err == refusal
-    assert [message.ttl for message in queues.browse(REQUESTS).messages] == [None]
-
-
-def test_a_missing_queue_is_an_error_unless_create_is_given(
-    queues: SqliteQueues, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[str] = []
-
-    class Strict(SqliteQueues):
-        def exists(self, queue: str) -> bool:
-            return queue in made
-
-        def create(self, queue: str) -> None:
-            made.append(queue)
-
-    use(monkeypatch, queues, Strict)
-    ended = produce()
-    assert ended.code == 1
-    assert ended.err == f"error: queue {REQUESTS} does not exist at {queues.address}: create it with --create\n"
-    assert produce("--create").code == 0
-    assert made == [REQUESTS]
-    assert produce("--create", "--wait", "--timeout", 0.1).code == 3
-    assert made[-1] == RESPONSES
-
-
-# The terminal, a broken stdout, Ctrl-C: real processes
-
-
-def test_a_full_stdout_is_exit_1_and_what_is_stored_stands_on_stderr(queues: SqliteQueues, tmp_path: Path) -> None:
-    code, err = produce_into("/dev/full", tmp_path, "--count", 2_500)
-    assert code == 1
-    stored = [f"{message_id} {body['widget_id']}" for message_id, body in posted(queues)]
-    assert err.splitlines() == [*stored, "error: stdout: No space left on device: stopped after what stands above"]
-
-
-def test_a_pipe_that_is_closed_early_loses_no_id_and_prints_no_traceback(queues: SqliteQueues, tmp_path: Path) -> None:
-    shell = f'"{sys.executable}" "{HERE}/widget_producer.py" --count 5000 2>errors | head -1'
-    out = subprocess.run(["/bin/sh", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    errors = (tmp_path / "errors").read_text().splitlines()
-    ids = [message_id for message_id, _ in posted(queues)]
-    assert out.split()[0] == ids[0]
-    assert errors.pop() == "error: stdout: Broken pipe: stopped after what stands above"
-    assert [line.split()[0] for line in errors] == ids[-len(errors) :]
-
-
-def test_a_closed_stdin_is_an_empty_one(queues: SqliteQueues, tmp_path: Path) -> None:
-    shell = f'"{sys.executable}" "{HERE}/widget_producer.py" --ids-file - <&-'
-    ended = subprocess.run(["/bin/sh", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", NOTHING)
-
-
-def test_ctrl_c_while_waiting_is_one_line_and_130(queues: SqliteQueues, tmp_path: Path) -> None:
-    running = Script("widget_producer.py", "--wait", "--widget-id", "a", cwd=tmp_path)
-    ((message_id, _),) = wait_until(lambda: posted(queues))
-    running.signal(signal.SIGINT)
-    assert running.exit_code() == 130
-    assert running.err.split("\n") == [f"no response yet: {message_id} a", "", "error: interrupted", ""]
-
-
-def test_ctrl_c_while_posting_waits_until_what_is_stored_is_printed(
-    queues: SqliteQueues, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Interrupted(SqliteQueues):
-        limits = _limits(post_batch=2)
-
-        def post(self, queue: str, bodies: Sequence[JSON], *, ttl: int | None = None) -> list[str]:
-            ids = super().post(queue, bodies, ttl=ttl)
-            signal.raise_signal(signal.SIGINT)
-            return ids
-
-    use(monkeypatch, queues, Interrupted)
-    ended = produce("--count", 4)
-    assert [line.split()[0] for line in ended.lines] == [message_id for message_id, _ in posted(queues)]
-    assert len(ended.lines) == 2
-    assert (ended.code, ended.err.strip()) == (130, "error: interrupted")
-
-
-def test_a_second_ctrl_c_does_not_wait_for_a_post(queues: SqliteQueues, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Impatient(SqliteQueues):
-        def post(self, queue: str, bodies: Sequence[JSON], *, ttl: int | None = None) -> list[str]:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
-            raise AssertionError("the second signal did not end the post")
-
-    use(monkeypatch, queues, Impatient)
-    assert produce().code == 130
-
-
-def test_a_terminal_shows_a_bar_with_rate_and_time_left_and_a_file_does_not(
-    queues: SqliteQueues, tmp_path: Path
-) -> None:
-    terminal, side = pty.openpty()
-    termios.tcsetwinsize(side, (24, 100))
-    running = subprocess.Popen(
-        [sys.executable, str(HERE / "widget_producer.py"), "--count", "20000"],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=side,
-    )
-    os.close(side)
-    shown = read_all(terminal)
-    assert running.wait() == 0
-    assert "/20000 [" in shown
-    assert " requests/s]" in shown
-    assert run_script("widget_producer.py", "--count", 1_500, cwd=tmp_path).stderr == ""
-
-
-def produce_into(stdout: str, cwd: Path, *options: object) -> tuple[int, str]:
-    with Path(stdout).open("wb") as out:
-        ended = subprocess.run(
-            [sys.executable, str(HERE / "widget_producer.py"), *map(str, options)],
-            cwd=cwd,
-            stdout=out,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-    return ended.returncode, ended.stderr
-
-
-def read_all(terminal: int) -> str:
-    """Everything written to a terminal until its other side is closed."""
-    found = b""
-    try:
-        while chunk := os.read(terminal, 65_536):
-            found += chunk
-    except OSError:  # so Linux says that nobody holds the other side any more
-        pass
-    os.close(terminal)
-    return found.decode()
-
-
-def test_a_timeout_without_wait_is_refused(queues: SqliteQueues) -> None:
-    ended = produce("--timeout", 5)
-    assert (ended.code, "--timeout" in ended.err) == (2, True)
-    assert posted(queues) == []
+    use(Noting, can_browse=False, has_message_ttl=False, service="Bare")
+    assert produce("--wait") == Ended(2, "", "error: --wait: Bare cannot look for one response among others\n")
+    assert produce("--ttl", 60).err == "error: --ttl: Bare has one message TTL for the whole queue\n"
+    assert (produce().code, given) == (0, [None])

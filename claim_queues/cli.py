@@ -1,0 +1,254 @@
+"""What the command lines share: options, logging, signals; docs/operating.md lists the exit codes."""
+
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+from urllib.parse import quote
+
+import click
+import platformdirs
+import structlog
+from click.core import ParameterSource
+from structlog.typing import EventDict
+
+from . import FORMS, ConfigError, Limits, QueueNotFound, Queues, QueuesError, StoreError
+
+__version__ = "0.2.0"
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+CLAIM_SECONDS, MESSAGE_SECONDS = click.IntRange(60, 43_200), click.IntRange(60, 1_209_600)
+GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+SAME_SIGNAL_S = 0.5
+"""GNU timeout, among others, sends a signal to the process and then to its group, which the process is in."""
+
+
+class Command(click.Command):
+    """Each option is also a variable (--claim-ttl: WIDGET_CLAIM_TTL); an error is one line and an exit code.
+
+    A number that the command returns is its exit code.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "WIDGET", "show_default": True}
+        self.context_settings = {**self.context_settings, **settings, "max_content_width": 100}
+        self.epilog = (
+            self.epilog or "Each option is also an environment variable: --queue-url would be WIDGET_QUEUE_URL."
+        )
+        click.version_option(__version__, allow_from_autoenv=False)(self)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if any(isinstance(value, float) and math.isnan(value) for value in ctx.params.values()):
+            raise click.UsageError("NaN is in no option's range")  # click compares it with both ends, and lets it pass
+        return super().invoke(ctx)
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _prepare()
+        configure_logging("text", "info")
+        try:
+            code = super().main(*args, **kwargs | {"standalone_mode": False}) or 0
+        except click.exceptions.NoArgsIsHelpError as error:
+            note(error.ctx.get_help())
+            code = error.exit_code
+        except (click.ClickException, QueuesError, OSError) as error:
+            text = " ".join(error.format_message().split()) if isinstance(error, click.ClickException) else error
+            note(f"error: {one_line(text, 1000)}")
+            code = getattr(error, "exit_code", 1)
+        except click.Abort:
+            note("error: interrupted")
+            code = 128 + signal.SIGINT
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # told before; Python would try again at its end, and exit with a code of its own
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        for number in (signal.SIGTERM, signal.SIGHUP):  # one that comes while Python ends
+            signal.signal(number, signal.SIG_DFL)
+        sys.exit(code)
+
+
+class Group(Command, click.Group):
+    """Commands of one program."""
+
+    command_class = Command
+
+
+def queue_options(*kinds: str) -> Decorator:
+    """--queue-url, --create and a name for each kind of queue: `request`, `response`, `dead-letter`."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for kind in reversed(kinds):
+            name = f"itchy-octo-chainsaw-{kind}"
+            function = click.option(f"--{kind}-queue", default=name, help=f"Name of the {kind} queue.")(function)
+        function = click.option("--create", is_flag=True, help="Create missing queues.")(function)
+        text = f"Queue service: {FORMS}.  [default: a file of this user]"
+        default: dict[str, Any] = {"default": lambda: f"sqlite:///{quote(str(state_path('queues.sqlite3')))}"}
+        return click.option("--queue-url", metavar="URL", **default, show_default=False, help=text)(function)
+
+    return decorate
+
+
+def state_path(name: str) -> Path:
+    """A file of this user, wherever the command is started. Raises StoreError where its directory cannot be made."""
+    directory = platformdirs.user_state_path("itchy-octo-chainsaw")
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        hint = "set XDG_STATE_HOME, or name each file: --queue-url, --receive-counts, --database"
+        raise StoreError(f"{directory}: {error.strerror}: {hint}") from error
+    return directory / name
+
+
+def require_queues(queues: Queues, names: Iterable[str], *, create: bool, looking: bool = False) -> None:
+    """Create missing queues or raise QueueNotFound: a mistyped name must not look like an empty queue.
+
+    looking: also where the service makes a queue at its first use, for commands that change nothing.
+    """
+    names = list(names)
+    if len({name.casefold() for name in names}) < len(names):
+        raise ConfigError(f"the queues must differ: {', '.join(names)}")
+    for name in names:
+        if queues.exists(name):
+            continue
+        if not create and (looking or not queues.limits.makes_queues):
+            raise QueueNotFound(f"queue {name} does not exist at {queues.address}: create it with --create")
+        queues.create(name)
+        structlog.get_logger().info("created missing queue", queue=name, at=queues.address)
+
+
+def refuse_unsupported(ctx: click.Context, limits: Limits) -> None:
+    """Raise ConfigError for an option that the user gave and the service cannot honour."""
+    one_life = "has one message TTL for the whole queue"
+    for name, is_supported, reason in (
+        ("grace", limits.has_grace, "has no grace"),
+        ("ttl", limits.has_message_ttl, one_life),
+        ("response_ttl", limits.has_message_ttl, one_life),
+        ("wait", limits.can_browse, "cannot look for one response among others"),
+        ("dry_run", limits.can_browse, "cannot show messages without claiming them"),
+    ):
+        if not is_supported and ctx.get_parameter_source(name) in GIVEN:
+            raise ConfigError(f"--{name.replace('_', '-')}: {limits.service} {reason}")
+
+
+def one_line(text: object, limit: int = 256) -> str:
+    """The text with what would break a line or steer a terminal escaped, cut at `limit` characters."""
+    escaped = str(text)[: limit + 1]
+    if not escaped.isprintable():
+        escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
+    return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether the stream is a terminal that can do more than print."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def note(text: str) -> None:
+    """Tell people something on stderr, where that can be written to."""
+    with suppress(OSError):
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one write, and click.echo takes four times as long
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines for programs on stdout; where that fails, on stderr, so that none is lost. Then it raises."""
+    text = "".join(f"{line}\n" for line in lines)
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        note(text.rstrip("\n"))
+        raise click.ClickException(f"stdout: {error.strerror}: stopped after what stands above") from error
+
+
+def _prepare() -> None:
+    """Make up for what the caller has closed, set or left out."""
+    sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115 it stays open
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")  # each write is an error, as it was
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # which process 1 of a container would ignore
+            signal.signal(number, lambda found, _: sys.exit(128 + found))
+    for name, value in list(os.environ.items()):  # Kubernetes sets WIDGET_PORT for a Service named `widget`
+        if name.startswith("WIDGET_") and value.startswith(("tcp://", "udp://", "sctp://")):
+            del os.environ[name]
+
+
+def logging_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--log-format and --log-level."""
+    levels, forms = click.Choice(["debug", "info", "warning", "error"]), click.Choice(["text", "json"])
+    function = click.option("--log-level", type=levels, default="info", help="Least level logged.")(function)
+    return click.option("--log-format", type=forms, default="text", help="Form of the log on stderr.")(function)
+
+
+def configure_logging(form: str, level: str) -> None:
+    """Log one event a line on stderr, as `text` or as one JSON object.
+
+    What libraries log joins in from `warning` on: at `debug` they print tokens.
+    """
+    number, stamp = getattr(logging, level.upper()), structlog.processors.TimeStamper(fmt="iso")
+    colors = is_terminal(sys.stderr) and not os.environ.get("NO_COLOR")
+    for_people = [_on_one_line, structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0, sort_keys=False)]
+    render = for_people if form == "text" else [structlog.processors.JSONRenderer(default=str)]
+    structlog.configure(
+        processors=[structlog.processors.add_log_level, stamp, *render],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=lambda *_: _Lines(),
+    )
+    logging.basicConfig(format="%(message)s", handlers=[_FromLibraries()], force=True)
+    logging.getLogger().setLevel(max(number, logging.WARNING))
+    logging.getLogger("keystoneauth").setLevel(logging.ERROR)  # it warns of what it then raises
+
+
+class _Lines:
+    """While stderr takes none, as on a full disk, lines of the log are dropped: the work goes on."""
+
+    debug = info = warning = error = critical = staticmethod(note)
+
+
+class _FromLibraries(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        structlog.get_logger().log(record.levelno // 10 * 10, self.format(record), library=record.name)
+
+
+def _on_one_line(_: Any, __: str, fields: EventDict) -> EventDict:
+    """Without empty fields; an event of a library may hold a traceback."""
+    return {
+        key: value if isinstance(value, int | float) else one_line(value, 4000 if key == "event" else 500)
+        for key, value in fields.items()
+        if value is not None
+    }
+
+
+def run_until_signal(work: Callable[[], None], stop: Callable[[], None]) -> None:
+    """Do the work in a thread. The first SIGTERM, SIGINT or SIGHUP calls `stop`; a second one ends the process.
+
+    One that is ignored when the process starts, as under nohup, stays ignored.
+    """
+    stopped_at: float | None = None
+
+    def on_signal(number: int, _: object) -> None:
+        nonlocal stopped_at
+        if stopped_at is None:
+            stopped_at = time.monotonic()
+            stop()
+        elif time.monotonic() - stopped_at >= SAME_SIGNAL_S:
+            os._exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, on_signal)
+    with ThreadPoolExecutor(1, "work") as pool:
+        working = pool.submit(work)
+        while not working.done():  # of two signals at once another thread may take both; no wait ends then
+            wait([working], timeout=0.5)
+        working.result()
