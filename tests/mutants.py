@@ -3,11 +3,14 @@
 Names given as arguments choose single bugs.
 """
 
+import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
@@ -16,32 +19,32 @@ TESTS_FAILED = 1
 
 def main() -> int:
     mutants = tomllib.loads((HERE / "tests" / "mutants.toml").read_text())
-    if chosen := sys.argv[1:]:
-        mutants = {name: mutants[name] for name in chosen}
-    survivors = []
-    for name, mutant in mutants.items():
-        caught = _is_caught(mutant)
-        print(f"{'caught' if caught else 'SURVIVED':9} {name}", flush=True)
-        if not caught:
-            survivors.append(name)
-    print(f"{len(mutants) - len(survivors)} of {len(mutants)} bugs caught")
-    return 1 if survivors else 0
+    chosen = sys.argv[1:] or list(mutants)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, problem in zip(chosen, pool.map(lambda name: plant(mutants[name]), chosen), strict=True):
+            mutants[name]["problem"] = problem
+            print(f"{problem or 'caught':9} {name}", flush=True)
+    missed = [name for name in chosen if mutants[name]["problem"]]
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} bugs caught")
+    return 1 if missed else 0
 
 
-def _is_caught(mutant: dict[str, str]) -> bool:
+def plant(mutant: dict[str, str]) -> str:
+    """Why the bug was not caught; empty where it was."""
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / "project"
-        shutil.copytree(HERE, copy, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+        shutil.copytree(HERE, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "bench"))
         target = copy / mutant["file"]
         text = target.read_text()
         if text.count(mutant["old"]) != 1:
-            sys.exit(f"{mutant['file']}: holds {text.count(mutant['old'])} times, not once: {mutant['old']}")
+            return f"STALE: {mutant['file']} holds {text.count(mutant['old'])} times, not once: {mutant['old']}"
+        target.chmod(0o644)
         target.write_text(text.replace(mutant["old"], mutant["new"]))
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant["tests"].split()]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *shlex.split(mutant["tests"])]
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
         if done.returncode not in (0, TESTS_FAILED):
-            sys.exit(f"the tests did not run:\n{done.stdout}{done.stderr}")
-        return done.returncode == TESTS_FAILED
+            return f"NOT RUN: {mutant['tests']}: {done.stdout[-500:]}{done.stderr[-500:]}"
+        return "" if done.returncode else "SURVIVED"
 
 
 if __name__ == "__main__":

@@ -1,167 +1,162 @@
-"""Campaigns that kill processes with SIGKILL: at random times, and at each step of a message's life."""
+"""Processes that are killed, stopped, or stand still, at random times."""
 
 import random
+import signal
 import time
-from collections import Counter
-from collections.abc import Iterator
+from contextlib import ExitStack
 
-from .campaign import Campaign, Result
-from .recorded import STEPS, Plan
-from .trial import CLAIM_TTL, Run, Trial, mixed_bodies, scaled, side_by_side, trial, widget_ids
+from support import wait_until
 
-CONSUMER_LIFE_S = 0.6
+from .world import (
+    CLAIM_TTL,
+    Campaign,
+    Result,
+    mixed_bodies,
+    patience,
+    scaled,
+    since,
+    together,
+    wait_to_begin,
+    widget_ids,
+    world,
+)
+
 KINDS = ((), ("--post-batch", 20), ("--slots", 3))
-"""Options of the consumers that run side by side."""
+"""Options of the consumers that run at the same time."""
+LIFE_S = 0.4
+"""The mean of a consumer that is killed, from when it claims."""
 
 
 def kill_consumers(scale: float) -> Result:
     """Three consumers on one file are killed again and again while messages flow."""
-    kills, count = scaled(1_000, scale), scaled(100_000, scale, 500)
-    with trial() as made, made.maker():
-        producers = [made.producer(batch, Plan()) for batch in _batches(widget_ids(count), 10_000)]
-        made.post(mixed_bodies(scaled(1_000, scale, 20)))
-        started = time.monotonic()
-        _keep_killing(made, kills)
-        for producer in producers:
-            assert producer.wait() == 0
-        made.drain("--post-batch", 20, seconds=400)
-        counts, violations = made.check()
-        return Result({"kills": kills, **counts, "seconds": round(time.monotonic() - started)}, violations)
-
-
-def _keep_killing(made: Trial, kills: int) -> None:
-    chance = random.Random(1)
-    running = [made.consumer(*options) for options in KINDS]
-    for number in range(kills):
-        which = chance.randrange(len(running))
-        running[which].wait_for_events()
-        time.sleep(chance.expovariate(len(running) / CONSUMER_LIFE_S))
-        running[which].kill()
-        made.deaths += 1
-        if number < kills - 1:
+    kills, count = scaled(1_000, scale), scaled(100_000, scale, 300)
+    with world() as made, made.maker():
+        poison = set[str]()
+        running = [made.consumer(*options) for options in KINDS]
+        for number in range(kills):
+            bodies, names = mixed_bodies(count * (number + 1) // kills - count * number // kills)
+            poison |= names
+            made.post(bodies)
+            which = random.randrange(len(running))
+            wait_to_begin(running[which])
+            time.sleep(random.expovariate(1 / LIFE_S))
+            running[which].kill()
             running[which] = made.consumer(*KINDS[which])
-    for run in running:
-        run.kill()
-    made.deaths += len(running) - 1
+        for consumer in running:
+            consumer.kill()
+        made.drain("--post-batch", 20)
+        return made.check(poison=poison).plus(kills=kills)
 
 
 def kill_producers(scale: float) -> Result:
-    """A producer is killed while it posts; what it has reported is there, what it has not may be."""
-    kills, each = scaled(200, scale), 400
-    chance = random.Random(2)
-    killed = complete = 0
-    with trial() as made, made.maker():
-        consumers = [made.consumer("--post-batch", 20) for _ in range(2)]
+    """What a producer had reported before it was killed is there; what it had not may be."""
+    kills, killed = scaled(200, scale), 0
+    with world() as made, made.maker():
+        consumer = made.consumer("--post-batch", 20)
         while killed < kills:
-            producer = made.producer(widget_ids(each), Plan(history=made.path("unused"), post_batch=10))
-            time.sleep(chance.uniform(0, 0.12))
+            producer = made.producer(widget_ids(2_000), env={"POST_LIMIT": "10"})
+            wait_until(lambda run=producer: run.out or run.process.poll() is not None)
+            time.sleep(random.uniform(0, 0.1))
             producer.kill()
-            complete += producer.process.exitcode == 0
-            killed += producer.process.exitcode != 0
-        for consumer in consumers:
-            consumer.kill()
-            made.deaths += 1
-        made.drain("--post-batch", 20, seconds=400)
-        counts, violations = made.check()
-        return Result({"kills": killed, "too late": complete, **counts}, violations)
+            killed += producer.process.returncode == -signal.SIGKILL
+            made.read_producers()
+        consumer.kill()
+        made.drain("--post-batch", 20)
+        return made.check().plus(kills=killed, attempted=len(made.attempted))
 
 
 def kill_makers(scale: float) -> Result:
-    """The maker is killed with all its processes while it makes widgets, and started again."""
-    kills, each = scaled(200, scale), 250
-    chance = random.Random(3)
-    with trial() as made:
+    """What a maker had answered before it was killed is there."""
+    kills = scaled(200, scale)
+    with world() as made:
         consumers = [made.consumer(*options) for options in KINDS[:2]]
         for _ in range(kills):
-            made.post([{"widget_id": id_} for id_ in widget_ids(each)])
+            made.post_ids(widget_ids(250))
             with made.maker():
-                time.sleep(chance.uniform(0, 0.5))
+                time.sleep(random.uniform(0, 0.5))
+        for consumer in consumers:
+            consumer.kill()
         with made.maker():
-            for consumer in consumers:
-                consumer.kill()
-                made.deaths += 1
-            made.drain("--post-batch", 20, seconds=400)
-        counts, violations = made.check()
-        return Result({"kills": kills, **counts}, violations)
+            made.drain("--post-batch", 20)
+        return made.check().plus(kills=kills)
 
 
-def _batches(ids: list[str], size: int) -> Iterator[list[str]]:
-    for start in range(0, len(ids), size):
-        yield ids[start : start + size]
+def stop_consumers(scale: float) -> Result:
+    """SIGTERM at random times, to consumers of a maker that answers, and of one that does not."""
+    cases = [(scaled(225, scale), 1), (scaled(225, scale), 1), (scaled(50, scale), 3)]
+    return together(lambda case: _stop(*case, 2 + patience(scale)), cases, lanes=3)
 
 
-# At each step
+def _stop(count: int, deadline: int, spare_s: float) -> Result:
+    """deadline 3: the maker is silent."""
+    times, broken = [], []
+    with world() as made, ExitStack() as stack:
+        silent = stack.enter_context(made.scripted()) if deadline > 1 else None
+        if silent:
+            silent.answer = lambda post: silent.hang()
+        else:
+            stack.enter_context(made.maker())
+        for number in range(count):
+            made.post_ids(widget_ids(150))
+            consumer = made.consumer("--deadline", deadline, "--claim-ttl", 13, *KINDS[number % 3])
+            wait_to_begin(consumer)
+            time.sleep(random.uniform(0, 0.5))
+            consumer.signal(signal.SIGTERM)
+            started = time.monotonic()
+            code, left = consumer.exit_code(60), made.stats()
+            times.append(since(started))
+            if code or times[-1] > deadline + spare_s or left.claimed or (left.delayed and not silent):
+                broken.append(f"exit code {code} after {times[-1]} s, left {left}: {consumer.err[-300:]}")
+        if silent:
+            silent.answer = silent.make
+        made.drain("--post-batch", 20)
+        figures = {"SIGTERMs": count, f"most seconds with a deadline of {deadline} s": max(times)}
+        return made.check(silent and silent.made).plus(*broken, **figures)
 
 
-def fail_at_steps(scale: float, steps: tuple[str, ...] = tuple(STEPS), bug: str = "") -> Result:
-    """Consumers die at one named step of a message's life, time after time; then one works off the rest."""
-    each = scaled(100, scale)
-    figures: Counter[str] = Counter()
-    violations: list[str] = []
-    for step, (kills, counts, broken) in zip(
-        steps, side_by_side(lambda step: _fail_at(step, each, bug), steps, 4), strict=True
-    ):
-        figures.update({"kills": kills, **counts})
-        violations += [f"{step} ({STEPS[step]}): {line}" for line in broken]
-    return Result({"steps": len(steps), **figures}, violations)
+def stand_still(scale: float) -> Result:
+    """A consumer stands still past its claim TTL; another one takes its messages, then it goes on."""
+    return together(_stand_still, range(scaled(100, scale)), lanes=8)
 
 
-def _fail_at(step: str, kills: int, bug: str) -> tuple[int, dict[str, int], list[str]]:
-    chance = random.Random(step)
-    options = maker_options(step)
-    with trial() as made:
-        with made.maker(*options):
-            for _ in range(kills):
-                made.post([*mixed_bodies(7, chance.randrange(10**6)), ["no request", len(made.attempted)]])
-                run = made.consumer(
-                    "--slots",
-                    3,
-                    plan=Plan(claim_ttl=CLAIM_TTL, kill=(step, chance.randint(1, most_hits(step))), bug=bug),
-                )
-                code = _until_dead(made, run)
-                made.deaths += 1
-                if code != -9:
-                    return made.deaths, {}, [f"the consumer was not killed there: exit code {code}"]
-            if not options:
-                made.drain(seconds=300)
-        if options:
-            with made.maker():
-                made.drain(seconds=300)
-        return (kills, *made.check())
+def _stand_still(_: int) -> Result:
+    with world() as made, made.maker("--latency", 0.02):
+        made.post_ids(widget_ids(400))
+        first = made.consumer()
+        wait_to_begin(first)
+        time.sleep(random.uniform(0, 0.5))
+        first.signal(signal.SIGSTOP)
+        other = made.consumer("--drain")
+        time.sleep(CLAIM_TTL + 1)
+        first.signal(signal.SIGCONT)
+        codes = [other.exit_code(120)]
+        first.signal(signal.SIGTERM)
+        codes.append(first.exit_code())
+        return made.check().plus(*(f"exit code {code}" for code in codes if code))
 
 
-def maker_options(step: str) -> list[object]:
-    """The faults without which a consumer does not get to the step, or not for long."""
-    if step.startswith("k11"):
-        return ["--latency", 0.5]
-    if step.startswith("k12"):
-        return ["--fail-rate", 0.4]
-    return ["--latency", 0.03] if step in ("k5", "k13") else []
+def killed_holds(scale: float) -> Result:
+    """A consumer is killed amid slow and fast POSTs: what it hides until its claims end."""
+    return together(_kill_amid, [0.5, 0.05] * scaled(10, scale), lanes=2)
 
 
-def most_hits(step: str) -> int:
-    """How often a consumer gets to the step with a few messages."""
-    return 3 if step in ("k3-look", "k3", "k4", "k5", "k6", "k7") else 1
-
-
-def _until_dead(made: Trial, run: Run) -> int | None:
-    """Wait for the end; a step that is not reached any more needs more messages."""
-    for _ in range(20):
-        run.process.join(3)
-        if not run.is_running:
-            return run.process.exitcode
-        made.post(mixed_bodies(8))
-    run.kill()
-    return None
+def _kill_amid(seconds: float) -> Result:
+    with world() as made, made.maker("--latency", seconds):
+        made.post_ids(widget_ids(2_000))
+        consumer = made.consumer()
+        wait_to_begin(consumer)
+        time.sleep(random.uniform(2, 4))
+        consumer.kill()
+        hidden, most = made.stats().claimed, round(8 * (1 + 1 / seconds))
+    found = Result({f"most hidden at {seconds} s for a POST": hidden}, [])
+    return found.plus(f"{hidden} messages were hidden, not {most}" if hidden > most else "")
 
 
 CAMPAIGNS = [
-    Campaign(
-        "kills",
-        "SIGKILL of consumers at random times, three on one file: no request is lost, none claimed by two at once",
-        kill_consumers,
-    ),
+    Campaign("kills", "SIGKILL of consumers at random times, three on one file: no request is lost", kill_consumers),
     Campaign("kills-producer", "SIGKILL of producers: what was reported is there", kill_producers),
     Campaign("kills-maker", "SIGKILL of the maker: what was answered is there, each widget once", kill_makers),
-    Campaign("failpoints", "SIGKILL of the consumer at each named step of a message's life", fail_at_steps),
+    Campaign("sigterm", "SIGTERM: exit code 0 within the deadline and 2 s, everything is free at once", stop_consumers),
+    Campaign("sigstop", "a consumer stands still past its claim TTL: each request has one response", stand_still),
+    Campaign("killed-holds", "a killed consumer hides its slots and what they finish in a second", killed_holds),
 ]
