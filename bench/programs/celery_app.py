@@ -1,3 +1,5 @@
+import asyncio
+
 import common
 from celery import Celery
 
@@ -17,4 +19,4 @@ def make(widget_id):
 
 
 if __name__ == "__main__":
-    common.main(make.delay)
+    asyncio.run(common.fill(make.delay))

@@ -1,3 +1,5 @@
+import asyncio
+
 import common
 import dramatiq
 from dramatiq.brokers.redis import RedisBroker
@@ -13,4 +15,4 @@ def make(widget_id):
 if __name__ == "__main__":
     import dramatiq_app  # so that the message names dramatiq_app, not __main__
 
-    common.main(dramatiq_app.make.send)
+    asyncio.run(common.fill(dramatiq_app.make.send))

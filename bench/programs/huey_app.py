@@ -1,3 +1,4 @@
+import asyncio
 import os
 
 import common
@@ -14,4 +15,4 @@ def make(widget_id):
 if __name__ == "__main__":
     import huey_app  # so that the task names huey_app, not __main__
 
-    common.main(huey_app.make)
+    asyncio.run(common.fill(huey_app.make))

@@ -1,5 +1,6 @@
 """Load or produce on the project's own queues, whichever service $WIDGET_QUEUE_URL names."""
 
+import asyncio
 import os
 import sys
 
@@ -8,15 +9,13 @@ import common
 from claim_queues import open_queues
 
 QUEUE = "itchy-octo-chainsaw-request"
-TTL_S = 3600
 
 with open_queues(os.environ["WIDGET_QUEUE_URL"]) as queues:
     queues.create(QUEUE)
-    ttl = TTL_S if queues.limits.message_ttl else None
+    ttl = 3600 if queues.limits.has_message_ttl else None
     if sys.argv[1] == "load":
-        every, size = common.ids(), min(10, queues.limits.post_batch)
-        with common.loading(every):
-            for at in range(0, len(every), size):
-                queues.post(QUEUE, [{"widget_id": found} for found in every[at : at + size]], ttl=ttl)
+        every, size = common.ids(), min(10, queues.limits.post_limit)
+        for at in range(0, len(every), size):
+            queues.post(QUEUE, [{"widget_id": found} for found in every[at : at + size]], ttl=ttl)
     else:
-        common.main(lambda widget_id: queues.post(QUEUE, [{"widget_id": widget_id}], ttl=ttl))
+        asyncio.run(common.fill(lambda widget_id: queues.post(QUEUE, [{"widget_id": widget_id}], ttl=ttl)))

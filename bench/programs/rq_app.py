@@ -1,3 +1,5 @@
+import asyncio
+
 import common
 import redis
 from rq import Queue
@@ -11,4 +13,4 @@ if __name__ == "__main__":
     import rq_app  # so that the job names rq_app.make, not __main__.make
 
     queue = Queue(connection=redis.Redis.from_url(common.REDIS_URL))
-    common.main(lambda widget_id: queue.enqueue(rq_app.make, widget_id, result_ttl=0))
+    asyncio.run(common.fill(lambda widget_id: queue.enqueue(rq_app.make, widget_id, result_ttl=0)))

@@ -27,7 +27,7 @@ async def make(widget_id: str) -> None:
 
 async def main():
     await broker.startup()
-    await common.main_async(make.kiq)
+    await common.fill(make.kiq)
     await broker.shutdown()
 
 
