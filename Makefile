@@ -3,15 +3,17 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check --no-deps
 TESTS := $(BIN)/python -m pytest
+LOCK := uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --upgrade
+SERVERS := zaqar18 zaqar23 sqs fuzz
 
-.PHONY: help setup demo run test test-quick browser check mutants bench campaigns zaqar sqs servers readme lock clean
+.PHONY: help setup demo run test test-quick browser check mutants bench campaigns zaqar sqs servers lock clean
 
 help:  ## print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile
 
 setup: .venv/installed  ## make the virtual environment .venv
 
-demo: .venv/installed  ## start maker and consumer, submit 23 requests, show what became of them, stop
+demo: .venv/installed  ## start maker and consumer, submit 23 requests, show their outcomes, stop
 	@$(BIN)/python demo/demo.py
 
 run: .venv/installed  ## keep maker, consumer and producer running in this terminal until Ctrl-C
@@ -22,7 +24,7 @@ test: .venv/tests-installed servers browser check  ## run all checks and tests
 	@$(BIN)/coverage report --fail-under=95
 
 test-quick: .venv/tests-installed  ## run the tests that need no queue server
-	@$(TESTS) -n 2 --dist loadgroup -k "not cloud and not zaqar and not sqs and not test_service"
+	@$(TESTS) -n 2 --dist loadgroup -k "not cloud and not zaqar and not sqs"
 
 check: .venv/tests-installed  ## run the linters and the type checker
 	@$(BIN)/ruff check .
@@ -57,20 +59,14 @@ sqs: .venv/installed .venvs/sqs/installed  ## run a local SQS server (in memory)
 	@echo "export WIDGET_CREATE=1 WIDGET_QUEUE_URL='sqs://us-east-1?endpoint=http://127.0.0.1:9324'"
 	@.venvs/sqs/bin/python tests/servers/sqs_server.py 9324 >/dev/null || test $$? -eq 130
 
-readme: .venv/tests-installed  ## write the tables of README.md, docs/options.md and docs/services.md anew
-	@PYTHONPATH=. $(BIN)/python tests/readme.py
-	@PYTHONPATH=. $(BIN)/python tests/services_page.py >/dev/null
-
-lock:  ## compile the lock files anew (needs uv)
-	uv pip compile requirements.txt pyproject.toml --extra zaqar --universal --python-version 3.11 \
-		--generate-hashes --no-emit-index-url --upgrade --output-file requirements.lock
-	uv pip compile tests/requirements.txt --universal --python-version 3.11 \
-		--generate-hashes --no-emit-index-url --upgrade --output-file tests/requirements.lock
-	for server in zaqar18 zaqar23 sqs fuzz; do uv pip compile tests/servers/$$server.txt --universal --python-version 3.11 \
-		--generate-hashes --no-emit-index-url --upgrade --output-file tests/servers/$$server.lock; done
+lock:  ## compile the lock files with the newest versions (needs uv)
+	$(LOCK) --generate-hashes pyproject.toml requirements.txt --all-extras --output-file requirements.lock
+	$(LOCK) --generate-hashes tests/requirements.txt --output-file tests/requirements.lock
+	for server in $(SERVERS); do \
+		$(LOCK) --no-annotate tests/servers/$$server.txt --output-file tests/servers/$$server.lock || exit; done
 
 clean:  ## remove the virtual environments and all caches
-	rm -rf .venv .venvs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage* *.egg-info
+	rm -rf .venv .venvs build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage* *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/installed: requirements.lock pyproject.toml
@@ -81,12 +77,12 @@ clean:  ## remove the virtual environments and all caches
 	@$(BIN)/$(INSTALL) --no-build-isolation --editable .
 	@touch $@
 
-servers: .venvs/zaqar18/installed .venvs/zaqar23/installed .venvs/sqs/installed .venvs/fuzz/installed
+servers: $(SERVERS:%=.venvs/%/installed)  ## install the queue servers that the tests need
 
 .venvs/%/installed: tests/servers/%.lock
 	@echo "installing into .venvs/$* (once)"
 	@test -x .venvs/$*/bin/python || $(PYTHON) -m venv .venvs/$*
-	@.venvs/$*/bin/$(INSTALL) --require-hashes -r $<
+	@.venvs/$*/bin/$(INSTALL) -r $<
 	@touch $@
 
 .venv/tests-installed: .venv/installed tests/requirements.lock

@@ -1,4 +1,4 @@
-"""Start the maker and the consumer, submit requests, show what became of them, and stop everything.
+"""Start the maker and the consumer, submit requests, show their outcomes, and stop everything.
 
 All files lie in a temporary directory and the maker takes a free port, so nothing of the user's is touched.
 """

@@ -1,4 +1,4 @@
-"""What `make zaqar` and `make sqs` say where they cannot start."""
+"""What make's targets do, as far as no other test runs them."""
 
 import re
 import socket
@@ -9,9 +9,15 @@ import processes
 import pytest
 from support import HERE
 
-SERVERS = re.findall(
-    r"@((\S+/bin/python) tests/servers/(\w+)_server\.py (\d+).*>/dev/null)", (HERE / "Makefile").read_text()
-)
+MAKEFILE = (HERE / "Makefile").read_text()
+SERVERS = re.findall(r"@((\S+/bin/python) tests/servers/(\w+)_server\.py (\d+).*>/dev/null)", MAKEFILE)
+
+
+def test_make_alone_prints_every_target() -> None:
+    (phony,) = re.findall(r"^\.PHONY: (.*)", MAKEFILE, re.M)
+    command = ["make", "--no-print-directory"]  # which it would do under `make test`
+    printed = subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert {line.split()[1] for line in printed.splitlines()} == set(phony.split())
 
 
 @pytest.mark.parametrize(("command", "python", "name", "port"), SERVERS, ids=[name for _, _, name, _ in SERVERS])

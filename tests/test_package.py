@@ -1,0 +1,141 @@
+"""What an installation holds: the sdist, the wheel made of it, its commands in an environment of their own; imports."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import requests
+from support import HERE, free_port, is_healthy, wait_until
+
+PROJECT = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+MODULES = {"receive_counts.py", "widget_consumer.py", "widget_maker.py", "widget_producer.py"}
+OURS = {"claim_queues", "widgets", *(name.removesuffix(".py") for name in MODULES)}
+SDKS = {"boto3", "botocore", "keystoneauth1", "openstack", "pyrax"}
+
+pytestmark = pytest.mark.xdist_group("package")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel made of the sdist that is made of this tree."""
+    tree, built = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("built")
+    not_source = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
+    shutil.copytree(HERE, tree, ignore=not_source, dirs_exist_ok=True)
+    command = f"from setuptools import build_meta; build_meta.build_sdist({str(built)!r})"
+    subprocess.run([sys.executable, "-c", command], cwd=tree, stdout=subprocess.DEVNULL, check=True)
+    (sdist,) = built.glob("*.tar.gz")
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", built, sdist)
+    (found,) = built.glob("*.whl")
+    return found
+
+
+def pip(*words: object, python: Path = Path(sys.executable)) -> None:
+    subprocess.run([python, "-m", "pip", "--quiet", *map(str, words)], stderr=subprocess.DEVNULL, check=True)
+
+
+def test_the_wheel_holds_four_modules_and_two_packages(wheel: Path) -> None:
+    of_packages = [path for package in ("claim_queues", "widgets") for path in HERE.glob(f"{package}/**/*.*")]
+    wanted = MODULES | {str(path.relative_to(HERE)) for path in of_packages if "__pycache__" not in path.parts}
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert {"widgets/static/widgets.css", "widgets/templates/widgets.html"} <= packed
+    assert packed == wanted
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The commands of the wheel, in an environment of its own without an extra."""
+    environment = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    pip("install", wheel, python=environment / "bin/python")
+    return environment / "bin"
+
+
+def run(command: Path, *options: str, cwd: Path) -> tuple[int, str, str]:
+    done = subprocess.run([command, *options], cwd=cwd, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("command", ["widget-producer", "widget-consumer", "widget-maker", "claim-queues"])
+def test_the_wheel_brings_commands_that_work_anywhere(command: str, installed: Path, tmp_path: Path) -> None:
+    assert run(installed / command, "--version", cwd=tmp_path) == (0, f"{command}, version 0.2.0\n", "")
+
+
+@pytest.mark.parametrize(
+    ("url", "extra", "package"),
+    [
+        ("sqs://us-east-1", "sqs", "boto3"),
+        ("zaqar://cloud", "zaqar", "openstacksdk"),
+        ("rackspace://user@DFW", "rackspace", "pyrax"),
+    ],
+    ids=lambda value: value.partition(":")[0],
+)
+def test_a_service_without_its_packages_says_what_to_install(
+    url: str, extra: str, package: str, installed: Path, tmp_path: Path
+) -> None:
+    code, out, err = run(installed / "claim-queues", "stats", "--queue-url", url, cwd=tmp_path)
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert package in line
+    assert f"pip install '.[{extra}]'" in line
+
+
+def test_the_installed_maker_has_its_pages(installed: Path, tmp_path: Path) -> None:
+    port = free_port()
+    with subprocess.Popen(
+        [installed / "widget-maker", "--port", str(port)], cwd=tmp_path, stderr=subprocess.PIPE
+    ) as maker:
+        try:
+            wait_until(lambda: is_healthy(f"http://127.0.0.1:{port}"))
+            for path in ("/", "/static/widgets.css"):
+                assert requests.get(f"http://127.0.0.1:{port}{path}", timeout=5).status_code == requests.codes.ok
+        finally:
+            maker.terminate()
+    assert maker.returncode == 0
+
+
+def test_requirements_txt_names_what_pyproject_does() -> None:
+    """For plain pip; it leaves out zaqar, which contradicts rackspace, and brings honcho for `make run`."""
+    extras = PROJECT["optional-dependencies"]
+    wanted = {*PROJECT["dependencies"], *extras["rackspace"], *extras["sqs"], "honcho>=2.0"}
+    lines = (HERE / "requirements.txt").read_text().replace('"', "'").splitlines()
+    assert {line for line in lines if line and not line.startswith("#")} == wanted
+
+
+def imported(file: str) -> set[str]:
+    """The project's modules whose things a file imports, wherever in it: `claim_queues.errors`, `widgets.store`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse((HERE / file).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in OURS:
+            things = [getattr(import_module(node.module), alias.name) for alias in node.names]
+            found |= {getattr(thing, "__module__", getattr(thing, "__name__", node.module)) for thing in things}
+    return {name for name in found if name.partition(".")[0] in OURS}
+
+
+@pytest.mark.parametrize("script", sorted(MODULES - {"receive_counts.py"}))
+def test_no_script_imports_another(script: str) -> None:
+    roots = {name.partition(".")[0] for name in imported(script)}
+    assert roots <= {"widgets", "receive_counts", "claim_queues"}
+
+
+def test_receive_counts_know_queues_alone() -> None:
+    assert {name.partition(".")[0] for name in imported("receive_counts.py")} == {"claim_queues"}
+
+
+def test_the_maker_knows_no_queue() -> None:
+    of_queues = {name for name in imported("widget_maker.py") if name.startswith("claim_queues")}
+    assert of_queues <= {f"claim_queues.{name}" for name in ("cli", "errors", "keyrings", "sqlite")}
+
+
+@pytest.mark.parametrize("module", ["widget_consumer", "widget_maker", "widget_producer", "claim_queues.__main__"])
+def test_a_services_sdk_is_loaded_on_first_use(module: str) -> None:
+    command = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", command], cwd=HERE, stdout=subprocess.PIPE, text=True, check=True)
+    assert not SDKS & set(done.stdout.split())
