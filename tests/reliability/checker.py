@@ -25,7 +25,7 @@ class Evidence:
 def check(
     evidence: Evidence, *, poison: Collection[str] = (), is_drained: bool = True, may_repeat: bool = False
 ) -> tuple[dict[str, int], list[str]]:
-    """What became of the messages, in numbers, and a line for each promise that was broken.
+    """The outcomes of the messages, in numbers, and a line for each promise that was broken.
 
     poison: names of the only requests that may be dead letters. is_drained: nothing may be left. may_repeat: the
     service may store a response twice, as the same.

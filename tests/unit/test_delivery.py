@@ -275,6 +275,7 @@ def test_each_item_of_a_batch_has_its_own_answer_and_one_left_out_has_failed(ser
         {"message_id": "b", "status": 422, "body": OWN_ERROR},
         {"message_id": "a", "status": 201, "body": {"id": WIDGET}},
         {"message_id": "c", "status": "201", "body": {"id": WIDGET}},
+        {"message_id": ["d"], "status": 201, "body": {"id": WIDGET}},
     ]
     server.answer = lambda _: (200, {"Widget-Maker": "1"}, {"answers": items})
     maker = Maker(server.url, deadline=5)
