@@ -203,8 +203,8 @@ class Maker:
         self._url, self._signer = url, signer
         self._batch_url = urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/batch"))
         self._health_url = health_url or urljoin(self.url, "/healthz")
-        check_url(self._health_url, allow_plain_http=allow_plain_http)
-        self._asked_at, self._has_answered, self._is_mute = 0.0, False, False
+        self._is_elsewhere = check_url(self._health_url, allow_plain_http=allow_plain_http).netloc != parts.netloc
+        self._asked_at, self._is_there, self._is_mute = 0.0, False, False
         self._has_created = False
         self._lock = threading.Lock()
         self._threads = threading.local()
@@ -247,21 +247,22 @@ class Maker:
     def is_well(self, since: float) -> bool:
         """Whether its health page answers with anything but 429 and 5xx, asked at that monotonic time or later.
 
-        Threads share an answer; at most one is asked for in a second. A page that answers, and is not well though the
-        first widget was just created, says nothing about the maker until it is well.
+        Threads share an answer; at most one is asked for in a second. A page that is not well though the first widget
+        was just created says nothing about the maker until it is well; but where the maker's own port gives no answer,
+        the maker is gone.
         """
         with self._lock:
             if self._asked_at < since:
                 time.sleep(max(0.0, self._asked_at + HEALTH_EVERY_S - time.monotonic()))
                 self._asked_at = time.monotonic()
                 reply = _reply(_curl(self._health_url, HEALTH_TIMEOUT_S))
-                self._has_answered, health = reply.status > 0, self.health
-                is_well = self._has_answered and reply.status < 500 and reply.status != 429
+                self._is_there, health = reply.status > 0 or self._is_elsewhere, self.health
+                is_well = 0 < reply.status < 500 and reply.status != 429
                 self.health = "" if is_well else reply.reason
                 self._is_mute = self._is_mute and not is_well
                 if bool(health) != bool(self.health) and not self._is_mute:
                     log.warning("the maker is not well" if self.health else "the maker is well", reason=self.health)
-            return not self.health or (self._is_mute and self._has_answered)
+            return not self.health or (self._is_mute and self._is_there)
 
     def check(self, report: Report) -> None:
         """Say whether requests would be made there, asked with a request for no widget."""
@@ -282,7 +283,7 @@ class Maker:
         """The answer, unless it is a rejection by what may be no maker."""
         if answer.outcome == "created" and not self._has_created:
             self._has_created = True
-            if not self.is_well(time.monotonic()) and self._has_answered:
+            if not self.is_well(time.monotonic()) and self._is_there:
                 self._is_mute = True
                 log.error("a widget was created, but this page is not well: ignored until it is", url=self._health_url)
         elif answer.outcome == "rejected" and not (self._has_created or reply.is_maker):

@@ -183,14 +183,17 @@ def test_the_service_s_own_receive_count_is_shown_where_it_is_higher():
 
 
 class Answers(BaseHTTPRequestHandler):
-    """Answers as the test says: server.answer(path) gives a status, headers and a body."""
+    """Answers as the test says: server.answer(path) gives a status, headers and a body, or None for no answer."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.asked.append((self.command, self.path, dict(self.headers)))
-        status, headers, body = self.server.answer(self.path)
+        if (found := self.server.answer(self.path)) is None:
+            self.close_connection = True  # without an answer
+            return
+        status, headers, body = found
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -335,11 +338,20 @@ def test_a_health_page_that_is_not_well_after_a_widget_was_created_says_nothing(
 
 
 def test_a_maker_that_is_gone_right_after_its_first_widget_is_not_well(server):
-    server.answer = lambda path: (201, {}, {"id": WIDGET})
-    maker = Maker(server.url, deadline=5, health_url=f"http://127.0.0.1:{free_port()}/healthz")
+    server.answer = lambda path: None if path == "/healthz" else (201, {}, {"id": WIDGET})
+    maker = Maker(server.url, deadline=5)
     maker.post(delivery(), "q")
 
     assert not maker.is_well(1.0)
+
+
+def test_a_health_page_elsewhere_that_gives_no_answer_says_nothing_after_a_widget_was_created(server):
+    server.answer = lambda path: (201, {}, {"id": WIDGET})
+    maker = Maker(server.url, deadline=5, health_url=f"http://127.0.0.1:{free_port()}/healthz")
+    assert not maker.is_well(1.0)
+    maker.post(delivery(), "q")
+
+    assert maker.is_well(1.0)
 
 
 def test_nobody_there_is_unavailable():
