@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import click
@@ -22,13 +22,13 @@ from claim_queues import (
     Claim,
     ClaimLost,
     ConfigError,
+    Limits,
     QueueError,
     QueueForbidden,
     QueueNotFound,
     Queues,
     QueuesError,
     QueueUnavailable,
-    open_queues,
 )
 from claim_queues.checks import Report, check_descriptors, check_queues, check_state
 from claim_queues.cli import (
@@ -37,8 +37,8 @@ from claim_queues.cli import (
     Command,
     configure_logging,
     logging_options,
+    opened,
     queue_options,
-    refuse_unsupported,
     require_queues,
     run_until_signal,
     state_path,
@@ -57,68 +57,40 @@ from widgets.trouble import Trouble
 POST_SPARE_S = 5.0  # a claim must outlast a POST by so much when the POST begins
 SETTLE_EVERY_S, STOP_PATIENCE_S, DRAIN_LOOKS_EVERY_S = 1.0, 10.0, 0.25
 LOOK_EVERY_S = 60.0  # for the queues: on some services a missing one looks like an empty one
-CHECKED = ("claim_ttl", "deadline", "create")
+POSTING = ("deadline", "health_url", "allow_plain_http")
 FILE = click.Path(path_type=Path, dir_okay=False)
 Result = TypeVar("Result")
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """Of a consumer. Durations are in seconds; response_ttl None: the service's longest; drain_timeout None: no end."""
-
-    request_queue: str
-    response_queue: str
-    dead_letter_queue: str
-    create: bool
-    claim_ttl: int
-    grace: int
-    claim_limit: int
-    slots: int
-    post_batch: int
-    max_receives: int
-    poll_interval: float
-    response_ttl: int | None
-    drain: bool
-    drain_timeout: float | None
-
-    @property
-    def queues(self) -> list[str]:
-        return [self.request_queue, self.response_queue, self.dead_letter_queue]
-
-    @property
-    def terms(self) -> dict[str, Any]:
-        """Of each claim."""
-        return {"ttl": self.claim_ttl, "grace": self.grace, "wait": self.poll_interval}
 
 
 class Consumer:
     """Takes messages to the maker until stop() or, with drain, until none is left.
 
     Each worker thread owns one claim at a time, from claim to settlement; the POSTs run in the threads of `slots`.
-    trouble: what the queue service does not do now. metrics: what was done.
+    options: those of the command line, by name, once `fitting` has seen them. trouble: what the queue service does not
+    do now. metrics: what was done.
     """
 
-    def __init__(self, queues: Queues, maker: Maker, counts: ReceiveCounts, settings: Settings) -> None:
+    def __init__(self, queues: Queues, maker: Maker, counts: ReceiveCounts, options: SimpleNamespace) -> None:
         self._queues = queues
         self._maker = maker
-        self._settings = settings
+        self._options = options
         self._stopping = threading.Event()
         self._give_up_at: float | None = None  # settling, after a stop
         self._looked_at = time.monotonic()  # whether the queues are there
         self._lane = threading.Lock()  # to POST what has twice been left open
-        self._drain = Drain(queues, settings.request_queue, settings.drain_timeout) if settings.drain else None
+        self._drain = Drain(queues, options.request_queue, options.drain_timeout) if options.drain else None
         self._releases = Releases(queues)
         self.breaker = Breaker()
-        self.slots = Slots(settings.slots, settings.post_batch)
+        self.slots = Slots(options.slots, options.post_batch)
         self.trouble = Trouble()
         self.metrics = Metrics()
-        self._charges = Charges(counts, maker, self.breaker, self.slots, self.metrics, most=settings.max_receives)
+        self._charges = Charges(counts, maker, self.breaker, self.slots, self.metrics, most=options.max_receives)
 
     def run(self) -> None:
         """Work until done; raise what made it impossible to go on."""
-        with ThreadPoolExecutor(self._settings.slots, "worker") as pool:
-            workers = [pool.submit(self._work) for _ in range(self._settings.slots)]
+        with ThreadPoolExecutor(self._options.slots, "worker") as pool:
+            workers = [pool.submit(self._work) for _ in range(self._options.slots)]
         self.slots.close()
         with suppress(QueueError):  # else they expire
             self._releases.due(all_at_once=True)
@@ -136,7 +108,7 @@ class Consumer:
         try:
             while not self._stopping.is_set():
                 with self.breaker.turn() as is_try:
-                    room = self.slots.reserve(self._settings.claim_limit)  # not before: who waits must not hold any
+                    room = self.slots.reserve(self._options.claim_limit)  # not before: who waits must not hold any
                     if room and (claim := self._claim(room, is_try=is_try)):
                         self._finish(claim)
         finally:
@@ -144,7 +116,7 @@ class Consumer:
 
     def _claim(self, room: int, *, is_try: bool) -> Claim | None:
         """Claim up to `room` messages; None where there are none, or the queue service fails."""
-        settings, claim = self._settings, None
+        options, claim = self._options, None
         try:
             if is_try:
                 self._stopping.wait(self.breaker.next_pause())
@@ -152,8 +124,9 @@ class Consumer:
                 self._drain.check(self.breaker)
             if not self._stopping.is_set() and (is_try or not self.breaker.is_open):
                 self._releases.due()
-                limit = min(room, settings.slots) if is_try else room
-                claim = self._queues.claim(settings.request_queue, limit=limit, **settings.terms)
+                limit = min(room, options.slots) if is_try else room
+                terms = {"ttl": options.claim_ttl, "grace": options.grace, "wait": options.poll_interval}
+                claim = self._queues.claim(options.request_queue, limit=limit, **terms)
                 self._look_around(found=claim is not None)
                 self.trouble.ends("claim")
         except (QueueUnavailable, QueueNotFound) as error:
@@ -171,37 +144,38 @@ class Consumer:
                 self.stop()
         elif not found and time.monotonic() - self._looked_at > LOOK_EVERY_S:
             self._looked_at = time.monotonic()
-            require_queues(self._queues, self._settings.queues, create=self._settings.create)
+            require_queues(self._queues, self._options.queues, create=self._options.create)
 
     def _finish(self, claim: Claim) -> None:
         """Deliver the claim's messages; settle those that are ready each second, and give the others back."""
-        left = self._charges.deliveries(claim.messages)
-        batch = self._settings.post_batch if self._maker.takes_batches else 1
-        together, lane = self._charges.plan(left.values(), batch)
+        deliveries = self._charges.deliveries(claim.messages)
+        batch = self._options.post_batch if self._maker.takes_batches else 1
+        together, lane = self._charges.plan(deliveries, batch)
         posts = waiting = {self.slots.submit(self._deliver, len(group), claim, group) for group in together}
         try:
             while waiting:
                 self._renew_in_time(claim)
                 done, waiting = wait(waiting, timeout=SETTLE_EVERY_S)
-                self._settle(claim, [delivery for post in done for delivery in post.result()], left)
+                self._settle(claim, [delivery for post in done for delivery in post.result()])
             if lane:
-                self._post_alone(claim, lane, left)
-            if left:
-                delay = 0 if self._stopping.is_set() else release_delay([*left.values()])
+                self._post_alone(claim, lane)
+            if back := [delivery for delivery in deliveries if not delivery.is_settled]:
+                delay = 0 if self._stopping.is_set() else release_delay(back)
                 self._insist(claim, "release", lambda: self._releases.add(claim, delay))
         except ClaimLost as error:
-            log.warning("claim lost: other consumers get its messages", reason=str(error), messages=[*left])
-            self.metrics.lost.inc(len(left))
+            lost = [delivery.id for delivery in deliveries if not delivery.is_settled]
+            log.warning("claim lost: other consumers get its messages", reason=str(error), messages=lost)
+            self.metrics.lost.inc(len(lost))
             claim.lost = True
             for post in waiting:
                 post.result()
         finally:
             wait(posts)
             self.slots.ended(len(lane))
-            self.metrics.held.dec(len(lane) + sum(map(len, together)))
-            self._charges.take_back(left.values(), stored=dict(claim.posted))
+            self.metrics.held.dec(len(deliveries))
+            self._charges.take_back(deliveries, stored=dict(claim.posted))
 
-    def _post_alone(self, claim: Claim, lane: list[Delivery], left: dict[str, Delivery]) -> None:
+    def _post_alone(self, claim: Claim, lane: list[Delivery]) -> None:
         """POST and settle them one after another, in this thread; one such POST at a time in the process."""
         is_free = self._lane.acquire(blocking=False)
         silent_at = time.monotonic()
@@ -211,8 +185,8 @@ class Consumer:
                 self._renew_in_time(claim)
                 if is_free and not self._stopping.is_set() and self._maker.is_well(silent_at):
                     self._post(claim, delivery, is_alone=True)
-                    self._settle(claim, [delivery], left)
-                    silent_at = silent_at if delivery.answer.status else time.monotonic()
+                    self._settle(claim, [delivery])
+                    silent_at = time.monotonic() if delivery.answer.is_silent else silent_at
         finally:
             if is_free:
                 self._lane.release()
@@ -231,7 +205,7 @@ class Consumer:
         with self.slots.turn() as posted_at:
             if not self._may_post(claim, [delivery]):
                 return
-            delivery.answer = self._maker.post(delivery, self._settings.request_queue)
+            delivery.answer = self._maker.post(delivery, self._options.request_queue)
         self._charges.judge([delivery], posted_at, is_alone=is_alone)
 
     def _post_batch(self, claim: Claim, group: list[Delivery]) -> bool:
@@ -256,16 +230,12 @@ class Consumer:
         self._charges.postpone(group)
         return False
 
-    def _settle(self, claim: Claim, ended: list[Delivery], left: dict[str, Delivery]) -> None:
-        """Store the outcomes of those that have one, delete their messages, and take these out of what is left."""
-        ready = [delivery for delivery in ended if delivery.answer.outcome]
-        if not ready:
-            return
-        settlements = [delivery.settlement(self._settings.queues, self._settings.response_ttl) for delivery in ready]
-        if settled := self._insist(claim, "settle", lambda: self._queues.settle(claim, settlements)):
-            self._charges.end(ready, settled)
-            for id_ in settled.deleted:
-                del left[id_]
+    def _settle(self, claim: Claim, ended: list[Delivery]) -> None:
+        """Store the outcomes of those that have one, and delete their messages."""
+        if ready := [delivery for delivery in ended if delivery.answer.outcome]:
+            settlements = [each.settlement(self._options.queues, self._options.response_ttl) for each in ready]
+            if settled := self._insist(claim, "settle", lambda: self._queues.settle(claim, settlements)):
+                self._charges.end(ready, settled)
 
     def _insist(self, claim: Claim, what: str, do: Callable[[], Result]) -> Result | None:
         """Do it, again until the service has done it, and hold the claim meanwhile; None where a stop ends that."""
@@ -302,10 +272,10 @@ class Consumer:
             if self._drain:
                 raise error
             with suppress(QueuesError):
-                require_queues(self._queues, self._settings.queues, create=self._settings.create)
+                require_queues(self._queues, self._options.queues, create=self._options.create)
         if self._drain:
             self._drain.check(self.breaker)
-        pause = min(self.trouble.begins(what, error), self._settings.claim_ttl / 4)
+        pause = min(self.trouble.begins(what, error), self._options.claim_ttl / 4)
         if self._stopping.is_set():
             time.sleep(min(pause, SETTLE_EVERY_S))
         else:
@@ -334,8 +304,7 @@ class Consumer:
 @click.option("--metrics-host", default="127.0.0.1", help="Address for --metrics-port.")
 @click.option("--check", is_flag=True, help="Check queues, maker and options, say what is wrong with them, and exit.")
 @logging_options
-@click.pass_context
-def cli(ctx: click.Context, /, **given: Any) -> int:
+def cli(**given: Any) -> int:
     """Claim requests, POST each to the widget maker, and settle each by its answer.
 
     Runs until SIGTERM or Ctrl-C: then it finishes what is in flight, gives the rest back, and exits 0.
@@ -343,22 +312,21 @@ def cli(ctx: click.Context, /, **given: Any) -> int:
     """
     configure_logging(given["log_format"], given["log_level"])
     signer = load_signer(given["signing_secret_file"], given["signing_secret_keyring"])
-    options = {name: given[name] for name in ("deadline", "health_url", "allow_plain_http")}
-    maker = Maker(given["maker_url"], signer=signer, **options)
+    maker = Maker(given["maker_url"], signer=signer, **{name: given[name] for name in POSTING})
     counts_path = (given["receive_counts"] or state_path("receive-counts.sqlite3")).absolute()
-    with open_queues(given["queue_url"]) as queues:
-        settings = read_settings(ctx, queues, given)
+    with opened(given) as queues:
+        options = fitting(queues.limits, given)
         if given["check"]:
             report = Report()
             maker.check(report)
-            check_queues(report, queues, settings.queues, **{name: given[name] for name in CHECKED})
+            check_queues(report, queues, options.queues, create=options.create)
             check_state(report, counts_path)
             return report.exit_code
-        require_queues(queues, settings.queues, create=settings.create)
-        for sentence in queues.inspect(settings.request_queue):
+        require_queues(queues, options.queues, create=options.create)
+        for sentence in queues.inspect(options.request_queue):
             log.warning(sentence)
-        with closing(ReceiveCounts(counts_path, f"{queues.address} {settings.request_queue}")) as counts:
-            work(Consumer(queues, maker, counts, settings), maker, given)
+        with closing(ReceiveCounts(counts_path, f"{queues.address} {options.request_queue}")) as counts:
+            work(Consumer(queues, maker, counts, options), maker, given)
     return 0
 
 
@@ -377,21 +345,23 @@ def work(consumer: Consumer, maker: Maker, given: dict[str, Any]) -> None:
         log.info("drained" if given["drain"] and not is_stopped.is_set() else "stopped", **consumer.metrics.totals())
 
 
-def read_settings(ctx: click.Context, queues: Queues, given: dict[str, Any]) -> Settings:
-    """The options, where they fit each other, this machine and the service; raises ConfigError."""
-    limits = queues.limits
-    refuse_unsupported(ctx, limits)
-    if given["deadline"] > given["claim_ttl"] - 10:
-        raise ConfigError(f"--deadline {given['deadline']:g}: must be at most --claim-ttl less 10 seconds")
-    if (given["claim_limit"] or 0) > limits.claim_limit:
-        raise ConfigError(f"--claim-limit {given['claim_limit']}: {limits.service} takes up to {limits.claim_limit}")
+def fitting(limits: Limits, given: dict[str, Any]) -> SimpleNamespace:
+    """The options, where they fit each other, this machine and the service; raises ConfigError.
+
+    queues: the names of the three. response_ttl: None is the service's longest.
+    """
     check_descriptors(given["slots"])
-    values = {name: given[name] for name in Settings.__dataclass_fields__}
-    values["claim_limit"] = given["claim_limit"] or limits.claim_limit
-    if given["drain"] and not limits.approximate_s:
-        values["poll_interval"] = min(given["poll_interval"], DRAIN_LOOKS_EVERY_S)
-    values["response_ttl"] = given["response_ttl"] if limits.has_message_ttl else None
-    return Settings(**values)
+    found = SimpleNamespace(**given)
+    if found.deadline > found.claim_ttl - 10:
+        raise ConfigError(f"--deadline {found.deadline:g}: must be at most --claim-ttl less 10 seconds")
+    if (found.claim_limit or 0) > limits.claim_limit:
+        raise ConfigError(f"--claim-limit {found.claim_limit}: {limits.service} takes up to {limits.claim_limit}")
+    found.claim_limit = found.claim_limit or limits.claim_limit
+    found.response_ttl = found.response_ttl if limits.has_message_ttl else None
+    if found.drain and not limits.approximate_s:
+        found.poll_interval = min(found.poll_interval, DRAIN_LOOKS_EVERY_S)
+    found.queues = [found.request_queue, found.response_queue, found.dead_letter_queue]
+    return found
 
 
 if __name__ == "__main__":

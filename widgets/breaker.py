@@ -1,15 +1,7 @@
 """Whether the maker takes anything at all.
 
 The *row* holds the different messages that failed since the last one that passed. When it reaches ten, the maker is at
-fault: the breaker opens, and what the row's members were charged is taken back. A failure is charged by this table:
-
-| failure                                          | charged                                                    |
-| ------------------------------------------------ | ---------------------------------------------------------- |
-| any, while the maker is not well or the row full | nothing                                                    |
-| failed                                           | one receive                                                |
-| unavailable, late                                | a fifth of one                                             |
-| misconfigured                                    | a fifth, if another message passed since this POST began   |
-| cut off after it was sent                        | nothing here: it is left open (see receive_counts.py)      |
+fault: the breaker opens, and what the row's members were charged is taken back.
 """
 
 import threading
@@ -19,12 +11,9 @@ from contextlib import contextmanager
 
 import structlog
 
-from receive_counts import RECEIVE
-
 from .delivery import Answer, Failure
 from .trouble import Pause
 
-CHARGES: dict[Failure | None, int] = {Failure.FAILED: RECEIVE, Failure.UNAVAILABLE: 1, Failure.LATE: 1, Failure.CUT: 0}
 MOST_IN_A_ROW = 10
 
 log = structlog.get_logger()
@@ -97,8 +86,15 @@ class Breaker:
             self._row.clear()
             self._lock.notify_all()
 
-    def failed(self, id_: str, answer: Answer, posted_at: float, *, is_well: bool) -> tuple[int, dict[str, int]]:
-        """Returns what to charge this message, in fifths, and what to add for others by id: it takes from them."""
+    def has_passed_since(self, posted_at: float) -> bool:
+        """Whether a message passed after that monotonic time."""
+        return self._passed_at > posted_at
+
+    def failed(self, id_: str, answer: Answer, charge: int, *, is_well: bool) -> tuple[int, dict[str, int]]:
+        """A message failed that is to be charged so much, in fifths, unless the maker is at fault.
+
+        Returns what to charge it, and what to add for others by id: it takes from them.
+        """
         is_misconfigured = answer.failure is Failure.MISCONFIGURED
         with self._lock:
             if len(self._row) < MOST_IN_A_ROW:
@@ -112,9 +108,7 @@ class Breaker:
             if is_row:
                 back, self._row = self._row, dict.fromkeys(self._row, 0)
                 return 0, {other: -charged for other, charged in back.items() if charged}
-            if not is_well:
-                return 0, {}
-            charge = CHARGES.get(answer.failure, int(self._passed_at > posted_at))
+            charge = charge if is_well else 0
             self._row[id_] += charge
             return charge, {}
 

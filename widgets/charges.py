@@ -1,4 +1,18 @@
-"""What a failure is charged to its message, and how long the message stays away."""
+"""What a failure is charged to its message, whether it leaves the message open, and how long the message stays away.
+
+| failure                                               | charged                                                   |
+| ----------------------------------------------------- | --------------------------------------------------------- |
+| any, while the maker is not well or the row is full   | nothing                                                   |
+| HTTP 429, or any after a stop                         | nothing                                                   |
+| failed                                                | one receive                                               |
+| unavailable, late                                     | a fifth of one                                            |
+| misconfigured                                         | a fifth, if another message passed since this POST began  |
+| cut off after it was sent                             | nothing                                                   |
+| no answer though it was POSTed alone, in the lane     | one receive, whatever else is the case                    |
+
+What was cut off, and what got no answer from a maker that is not well then, leaves the message *open*: it may be what
+kills the maker (see receive_counts.py). What is left open twice in a row goes through the lane.
+"""
 
 import random
 import time
@@ -18,6 +32,12 @@ from .slots import Slots
 BACKOFF_S, LONGEST_BACKOFF_S, SHORT_BACKOFF_S = 0.5, 300.0, 10.0
 MANY = 10
 """Where nothing is charged a message stays away for so many times what its POST took: the slow hold up no others."""
+FIFTHS: dict[Failure | None, int] = {
+    Failure.FAILED: RECEIVE,
+    Failure.UNAVAILABLE: 1,
+    Failure.LATE: 1,
+    Failure.CUT: 0,
+}
 FRESH_S = 1.0
 """A health answer may be so much older than the failure that it judges."""
 
@@ -38,17 +58,17 @@ class Charges:
         self._most = most * RECEIVE
         self._most_open = 1 if most < 3 else 2
 
-    def deliveries(self, messages: Sequence[Message]) -> dict[str, Delivery]:
-        """By id, the messages that were claimed just now, with what is known of them."""
+    def deliveries(self, messages: Sequence[Message]) -> list[Delivery]:
+        """The messages that were claimed just now, with what is known of them."""
         before = self._counts.of(message.id for message in messages)
-        found = {message.id: Delivery(message, before.get(message.id, Receives())) for message in messages}
-        self._metrics.claimed(found.values())
+        found = [Delivery(message, before.get(message.id, Receives())) for message in messages]
+        self._metrics.claimed(found)
         return found
 
-    def plan(self, left: Collection[Delivery], batch: int) -> tuple[list[list[Delivery]], list[Delivery]]:
+    def plan(self, deliveries: Sequence[Delivery], batch: int) -> tuple[list[list[Delivery]], list[Delivery]]:
         """What is POSTed together, fresh messages in groups of up to `batch`, and what is POSTed alone in the lane."""
-        lane = [delivery for delivery in left if self._is_for_lane(delivery)]
-        others = [delivery for delivery in left if delivery not in lane]
+        lane = [delivery for delivery in deliveries if self._is_for_lane(delivery)]
+        others = [delivery for delivery in deliveries if delivery not in lane]
         fresh = [each for each in others if batch > 1 and each.widget_id is not None and not each.before.receives]
         alone = [[delivery] for delivery in others if delivery not in fresh]
         return [fresh[n : n + batch] for n in range(0, len(fresh), batch)] + alone, lane
@@ -105,9 +125,9 @@ class Charges:
         already if they failed; another POST could only contradict it.
         """
         for delivery in deliveries:
-            has_failed = delivery.answer.outcome == "failed"
-            if delivery.charged and delivery.answer.outcome and not (has_failed and delivery.id in stored):
-                self._charge(delivery, 0, None if has_failed else 0)
+            outcome = None if delivery.is_settled or not delivery.charged else delivery.answer.outcome
+            if outcome and not (outcome == "failed" and delivery.id in stored):
+                self._charge(delivery, 0, None if outcome == "failed" else 0)
 
     def take_back_batch(self, deliveries: Sequence[Delivery], whole: Answer, posted_at: float) -> None:
         """A batch failed as a whole, and its messages are POSTed one by one: the receive is charged to none."""
@@ -129,6 +149,7 @@ class Charges:
                 self._metrics.lost.inc()
                 log.warning("claim lost: another consumer gets the message", **delivery.fields())
             else:
+                delivery.is_settled = True
                 self._metrics.settled(delivery)
                 event, say = ("dead letter", log.error) if answer.outcome == "failed" else (answer.outcome, log.info)
                 say(event, **delivery.fields(), outcome=answer.outcome, reason=answer.reason or None)
@@ -153,14 +174,15 @@ class Charges:
         if answer.asks_for_patience:
             self._slots.busy(delivery.id, answer, posted_at)
         is_well = not is_stopping and self._maker.is_well(time.monotonic() - FRESH_S)
-        if is_alone and answer.failure in (Failure.CUT, Failure.LATE):
+        if is_alone and answer.is_silent:
             charge = RECEIVE
         elif answer.status == 429 or is_stopping:
             charge = 0
         else:
-            charge, back = self._breaker.failed(delivery.id, answer, posted_at, is_well=is_well)
+            charge = FIFTHS.get(answer.failure, int(self._breaker.has_passed_since(posted_at)))
+            charge, back = self._breaker.failed(delivery.id, answer, charge, is_well=is_well)
             self._counts.charge(back)
-        if answer.failure is Failure.CUT or (answer.failure is Failure.LATE and not is_well):
+        if answer.failure is Failure.CUT or (answer.is_silent and not is_well):
             left_open = delivery.before.open + 1
         elif answer.failure is Failure.UNAVAILABLE and not answer.status:  # nothing was sent
             left_open = delivery.before.open

@@ -77,6 +77,11 @@ class Answer:
     retry_after: int = 0
 
     @property
+    def is_silent(self) -> bool:
+        """Whether what was sent got no answer of the maker's own: a gateway's 502 or 504 is none."""
+        return self.failure in (Failure.CUT, Failure.LATE) or self.status in (502, 504)
+
+    @property
     def asks_for_patience(self) -> bool:
         return self.status == 429 or (self.status == 503 and self.retry_after > 0)
 
@@ -100,6 +105,7 @@ class Delivery:
     """One claimed message on its way. before: its receives so far. receives: with this one, once it was POSTed.
 
     charged: for this receive, in fifths. backoff: the most seconds until it may come back. took: seconds of its POST.
+    is_settled: its outcome is stored, and the message deleted.
     """
 
     message: Message
@@ -109,6 +115,7 @@ class Delivery:
     charged: int = 0
     backoff: float = 0.0
     took: float = 0.0
+    is_settled: bool = False
 
     @property
     def id(self) -> str:

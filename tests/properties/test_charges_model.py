@@ -64,11 +64,11 @@ class Model:
         if name == "created":
             self.row, self.has_passed, self.is_open = {}, True, False
             return False
-        if name == "cut" or (name == "late" and not is_well):
+        if name == "cut" or (name in ("late", "gateway") and not is_well):
             self.open[id_] = opens + 1
         if name == "refused":  # nothing was sent
             self.open[id_] = opens
-        if is_alone and name in ("cut", "late"):
+        if is_alone and name in ("cut", "late", "gateway"):
             charge = 5
         elif name == "too many":
             charge = 0
@@ -111,7 +111,7 @@ def test_what_is_charged_and_when_the_breaker_opens_follow_the_table(steps):
             clock[0] += 1
             maker.is_healthy = is_well
             id_ = f"m{number}"
-            delivery = charges.deliveries([Message(id_, {"widget_id": id_}, 0.0)])[id_]
+            [delivery] = charges.deliveries([Message(id_, {"widget_id": id_}, 0.0)])
             is_spent = charges.ends_unposted(delivery)
             assert is_spent == (model.charged.get(id_, 0) >= MOST * 5)
             assert delivery.before.open == model.open.get(id_, 0)

@@ -9,8 +9,6 @@ from widgets.delivery import Answer, Failure
 
 FAILED = Answer(failure=Failure.FAILED, status=500, reason="HTTP 500")
 REFUSED = Answer(failure=Failure.UNAVAILABLE, reason="connection refused")
-LATE = Answer(failure=Failure.LATE, reason="no answer")
-CUT = Answer(failure=Failure.CUT, reason="reset")
 WRONG = Answer(failure=Failure.MISCONFIGURED, status=404, reason="HTTP 404")
 
 
@@ -22,53 +20,34 @@ def now(monkeypatch):
     return clock
 
 
-def fail(breaker, id_, answer=FAILED, *, at, is_well=True):
-    return breaker.failed(id_, answer, at, is_well=is_well)
+def fail(breaker, id_, answer=FAILED, *, charge=5, is_well=True):
+    return breaker.failed(id_, answer, charge, is_well=is_well)
 
 
-@pytest.mark.parametrize(
-    ("answer", "fifths"), [(FAILED, 5), (REFUSED, 1), (LATE, 1), (CUT, 0)], ids=["failed", "refused", "late", "cut"]
-)
-def test_a_failure_is_charged_by_its_class_while_the_maker_is_well(now, answer, fifths):
-    assert fail(Breaker(), "a", answer, at=now[0]) == (fifths, {})
-
-
-@pytest.mark.parametrize("answer", [FAILED, REFUSED, LATE, CUT, WRONG])
-def test_nothing_is_charged_while_the_maker_is_not_well(now, answer):
-    assert fail(Breaker(), "a", answer, at=now[0], is_well=False) == (0, {})
-
-
-def test_a_wrong_answer_is_charged_only_where_another_message_passed_meanwhile(now):
-    breaker = Breaker()
-    breaker.passed(now[0])
-    now[0] += 1
-    assert fail(breaker, "a", WRONG, at=now[0]) == (0, {})
-    began_at = now[0]
-    now[0] += 1
-    breaker.passed(now[0])
-
-    assert fail(breaker, "a", WRONG, at=began_at) == (1, {})
+def test_a_failure_is_charged_while_the_maker_is_well(now):
+    assert fail(Breaker(), "a", REFUSED, charge=1) == (1, {})
+    assert fail(Breaker(), "a", REFUSED, charge=1, is_well=False) == (0, {})
 
 
 def test_ten_different_messages_in_a_row_open_it_and_take_back_what_they_were_charged(now):
     breaker = Breaker()
     for number in range(9):
-        fail(breaker, f"m{number}", at=now[0])
-    fail(breaker, "m0", at=now[0])
+        fail(breaker, f"m{number}")
+    fail(breaker, "m0")
     assert not breaker.is_open
 
-    charge, back = fail(breaker, "m9", at=now[0])
+    charge, back = fail(breaker, "m9")
 
     assert breaker.is_open
     assert charge == 0
     assert back == {"m0": -10} | {f"m{number}": -5 for number in range(1, 9)}
-    assert fail(breaker, "m1", at=now[0]) == (0, {})
+    assert fail(breaker, "m1") == (0, {})
 
 
 def test_one_message_that_fails_again_and_again_never_opens_it(now):
     breaker = Breaker()
     for _ in range(30):
-        fail(breaker, "alone", at=now[0])
+        fail(breaker, "alone")
 
     assert not breaker.is_open
 
@@ -76,16 +55,16 @@ def test_one_message_that_fails_again_and_again_never_opens_it(now):
 def test_a_pass_empties_the_row(now):
     breaker = Breaker()
     for number in range(9):
-        fail(breaker, f"m{number}", at=now[0])
+        fail(breaker, f"m{number}")
     breaker.passed(now[0])
-    fail(breaker, "m9", at=now[0])
+    fail(breaker, "m9")
 
     assert not breaker.is_open
 
 
 def test_a_wrong_answer_before_the_first_pass_opens_it_at_once(now):
     breaker = Breaker()
-    fail(breaker, "a", WRONG, at=now[0])
+    fail(breaker, "a", WRONG)
 
     assert breaker.is_open
     assert "404" in breaker.reason
@@ -93,7 +72,7 @@ def test_a_wrong_answer_before_the_first_pass_opens_it_at_once(now):
 
 def test_only_a_post_that_began_after_it_opened_closes_it(now):
     breaker = Breaker()
-    fail(breaker, "a", WRONG, at=now[0])
+    fail(breaker, "a", WRONG)
     breaker.passed(now[0] - 1)
     assert breaker.is_open
 
@@ -105,28 +84,28 @@ def test_only_a_post_that_began_after_it_opened_closes_it(now):
 def test_there_is_a_pause_before_each_try_unless_only_messages_fail(now):
     breaker = Breaker()
     for number in range(10):
-        fail(breaker, f"m{number}", at=now[0])
+        fail(breaker, f"m{number}")
     assert breaker.next_pause() == 0
 
-    fail(breaker, "m0", REFUSED, at=now[0], is_well=False)
+    fail(breaker, "m0", REFUSED, is_well=False)
     assert 0 < max(breaker.next_pause() for _ in range(50)) <= 10
 
 
 def test_it_is_hopeless_while_it_is_open_and_waiting_does_not_help(now):
     breaker = Breaker()
-    fail(breaker, "a", WRONG, at=now[0])
+    fail(breaker, "a", WRONG)
     since = now[0]
     now[0] += 30
-    fail(breaker, "b", WRONG, at=now[0])
+    fail(breaker, "b", WRONG)
     assert breaker.hopeless_since == since
 
-    fail(breaker, "b", REFUSED, at=now[0], is_well=False)
+    fail(breaker, "b", REFUSED, is_well=False)
     assert breaker.hopeless_since is None
 
 
 def test_while_it_is_open_one_claim_at_a_time_is_tried():
     breaker = Breaker()
-    breaker.failed("a", WRONG, 0.0, is_well=True)
+    fail(breaker, "a", WRONG)
     order = []
 
     def try_another():
@@ -149,7 +128,7 @@ def test_while_it_is_open_one_claim_at_a_time_is_tried():
 
 def test_others_go_on_as_soon_as_it_closes(now):
     breaker = Breaker()
-    fail(breaker, "a", WRONG, at=now[0])
+    fail(breaker, "a", WRONG)
     now[0] += 1
     gone_on = threading.Event()
 

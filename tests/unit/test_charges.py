@@ -1,6 +1,8 @@
 """Charges: what a failure is charged, and how long its message stays away."""
 
 import statistics
+import time
+from contextlib import closing, contextmanager
 
 import pytest
 
@@ -13,11 +15,70 @@ from widgets.monitoring import Metrics
 from widgets.slots import Slots
 
 FAILED = Answer(failure=Failure.FAILED, status=500)
+REFUSED = Answer(failure=Failure.UNAVAILABLE)
+GATEWAY = Answer(failure=Failure.UNAVAILABLE, status=502)
+LATE, CUT = Answer(failure=Failure.LATE), Answer(failure=Failure.CUT)
+WRONG = Answer(failure=Failure.MISCONFIGURED, status=404)
 
 
-class WellMaker:
+class FakeMaker:
+    def __init__(self, *, is_healthy=True):
+        self.is_healthy = is_healthy
+
     def is_well(self, since):
-        return True
+        return self.is_healthy
+
+
+@contextmanager
+def judging(directory, *, is_healthy=True):
+    """Charges, and the receive counts and the breaker that they work with."""
+    counts, breaker, slots = ReceiveCounts(directory / "counts.sqlite3", "q"), Breaker(), Slots(1, 1)
+    with closing(counts), closing(slots):
+        yield Charges(counts, FakeMaker(is_healthy=is_healthy), breaker, slots, Metrics(), most=5), counts, breaker
+
+
+def judged(charges, counts, answer, *, posted_at=0.0, is_alone=False):
+    """What a message that was POSTed once, and answered so, is charged in fifths, and how often it was left open."""
+    [delivery] = charges.deliveries([Message("m", {"widget_id": "w"}, 0.0)])
+    assert charges.begin([delivery])
+    delivery.answer = answer
+    charges.judge([delivery], posted_at, is_alone=is_alone)
+    return counts.of(["m"])["m"].charged, counts.of(["m"])["m"].open
+
+
+CASES = [
+    (FAILED, True, False, (5, 0)),
+    (REFUSED, True, False, (1, 0)),
+    (GATEWAY, True, False, (1, 0)),
+    (LATE, True, False, (1, 0)),
+    (CUT, True, False, (0, 1)),
+    (WRONG, True, False, (0, 0)),
+    (FAILED, False, False, (0, 0)),
+    (GATEWAY, False, False, (0, 1)),
+    (LATE, False, False, (0, 1)),
+    (CUT, True, True, (5, 1)),
+    (LATE, True, True, (5, 0)),
+    (GATEWAY, False, True, (5, 1)),
+    (REFUSED, True, True, (1, 0)),
+]
+"""An answer, whether the maker is well, whether it is a POST of the lane; what is charged then, and left open."""
+
+
+@pytest.mark.parametrize(("answer", "is_healthy", "is_alone", "found"), CASES)
+def test_a_failure_is_charged_by_its_class_and_leaves_open_what_may_kill_the_maker(
+    tmp_path, answer, is_healthy, is_alone, found
+):
+    with judging(tmp_path, is_healthy=is_healthy) as (charges, counts, _):
+        assert judged(charges, counts, answer, is_alone=is_alone) == found
+
+
+def test_a_wrong_answer_is_charged_a_fifth_where_another_message_passed_meanwhile(tmp_path):
+    with judging(tmp_path) as (charges, counts, breaker):
+        before = time.monotonic()
+        breaker.passed(before)
+
+        assert judged(charges, counts, WRONG, posted_at=time.monotonic()) == (0, 0)
+        assert judged(charges, counts, WRONG, posted_at=before - 1) == (1, 0)
 
 
 def delivery(*, took=0.0, receives=1, backoff=0.0, retry_after=0):
@@ -68,17 +129,13 @@ def test_a_retry_after_keeps_others_away_for_10_seconds_at_most():
 
 
 def test_the_tenth_different_message_in_a_row_takes_back_what_the_others_were_charged(tmp_path):
-    counts, slots = ReceiveCounts(tmp_path / "counts.sqlite3", "q"), Slots(1, 1)
-    charges = Charges(counts, WellMaker(), Breaker(), slots, Metrics(), most=5)
-    messages = [Message(f"m{number}", {"widget_id": "w"}, 0.0) for number in range(10)]
-    held = charges.deliveries(messages).values()
-    charged = []
-    for each in held:
-        assert charges.begin([each])
-        each.answer = FAILED
-        charges.judge([each], 0.0)
-        charged.append(sum(receives.charged for receives in counts.of(m.id for m in messages).values()) / 5)
+    with judging(tmp_path) as (charges, counts, _):
+        messages = [Message(f"m{number}", {"widget_id": "w"}, 0.0) for number in range(10)]
+        charged = []
+        for each in charges.deliveries(messages):
+            assert charges.begin([each])
+            each.answer = FAILED
+            charges.judge([each], 0.0)
+            charged.append(sum(receives.charged for receives in counts.of(m.id for m in messages).values()) / 5)
 
     assert charged == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
-    counts.close()
-    slots.close()

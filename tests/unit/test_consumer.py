@@ -4,6 +4,7 @@ import threading
 import time
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import apsw
 import pytest
@@ -14,21 +15,20 @@ from support import wait_until
 from claim_queues import ClaimLost, QueueForbidden, QueueNotFound, QueueUnavailable, StoreError
 from claim_queues.sqlite import SqliteQueues
 from receive_counts import ReceiveCounts, Receives
-from widget_consumer import Consumer, Settings
+from widget_consumer import Consumer
 from widgets.delivery import Answer, Failure
 
-SETTINGS = Settings(
+OPTIONS = SimpleNamespace(
     request_queue="requests",
-    response_queue="responses",
-    dead_letter_queue="letters",
+    queues=["requests", "responses", "letters"],
     create=False,
     claim_ttl=60,
     grace=60,
+    poll_interval=0.05,
     claim_limit=20,
     slots=2,
     post_batch=1,
     max_receives=5,
-    poll_interval=0.05,
     response_ttl=3600,
     drain=False,
     drain_timeout=None,
@@ -76,14 +76,14 @@ class LockedCounts(ReceiveCounts):
 class Rig:
     """A consumer that runs in a thread, and what it works with."""
 
-    def __init__(self, directory, settings=SETTINGS, limits=None):
+    def __init__(self, directory, options=OPTIONS, limits=None):
         self.clock_ahead = 0.0
         self.file = directory / "queues.sqlite3"
         self.real = SqliteQueues(self.file, clock=lambda: time.time() + self.clock_ahead)
         self.queues = TroubledQueues(self.real, limits and replace(self.real.limits, **limits))
         self.maker = FakeMaker()
         self.counts = ReceiveCounts(directory / "counts.sqlite3", "requests")
-        self.settings = settings
+        self.options = options
         self.error = None
 
     def post(self, *ids):
@@ -116,7 +116,7 @@ class Rig:
 
     @contextmanager
     def running(self):
-        self.consumer = Consumer(self.queues, self.maker, self.counts, self.settings)
+        self.consumer = Consumer(self.queues, self.maker, self.counts, self.options)
 
         def run():
             try:
@@ -140,7 +140,7 @@ def make_rig(tmp_path):
 
     def make(**changes):
         limits = changes.pop("limits", None)
-        made.append(Rig(tmp_path, replace(SETTINGS, **changes), limits))
+        made.append(Rig(tmp_path, SimpleNamespace(**vars(OPTIONS) | changes), limits))
         return made[-1]
 
     yield make
