@@ -33,7 +33,7 @@ import pycurl
 import structlog
 
 from claim_queues import JSON, ConfigError, Message, Post, Settlement
-from claim_queues.base import is_loopback
+from claim_queues.base import decode, is_loopback
 from claim_queues.checks import Report
 from receive_counts import Receives
 
@@ -135,9 +135,10 @@ class Delivery:
 
     def headers(self, queue: str) -> dict[str, str]:
         """What a POST tells of the message, apart from the request."""
+        id_ = quote(self.id, safe="!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~", errors="surrogatepass")
         return {
-            "Idempotency-Key": header_id(self.id),
-            "webhook-id": header_id(self.id),
+            "Idempotency-Key": id_,
+            "webhook-id": id_,
             "X-Message-Receive-Count": str(self.receive_count),
             "X-Message-Queue": queue,
             "X-Message-Age": str(int(self.message.age)),
@@ -350,11 +351,6 @@ def check_url(url: str, *, allow_plain_http: bool) -> Any:
     return parts
 
 
-def header_id(id_: str) -> str:
-    """A message id as a header takes it."""
-    return quote(id_, safe="!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~", errors="surrogatepass")
-
-
 def _curl(url: str, deadline: float) -> pycurl.Curl:
     curl = pycurl.Curl()
     authorities = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or certifi.where()
@@ -380,10 +376,7 @@ def _reply(curl: pycurl.Curl) -> Reply:
     except pycurl.error as error:
         return _no_reply(curl, *error.args)
     status, location = curl.getinfo(pycurl.RESPONSE_CODE), curl.getinfo(pycurl.REDIRECT_URL)
-    try:
-        body = json.loads(data.getvalue())
-    except (ValueError, RecursionError):
-        body = None
+    body = decode(data.getvalue().decode(errors="replace"))
     reason = f"HTTP {status}; redirects to {location}, which is not followed" if location else f"HTTP {status}"
     retry_after = max(0, min(LONGEST_RETRY_AFTER_S, curl.getinfo(pycurl.RETRY_AFTER)))
     is_maker = b"\nwidget-maker:" in head.getvalue().lower()
