@@ -17,18 +17,17 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
-from claim_queues import JSON, ConfigError, PostIncomplete, Queues, QueuesError, QueueUnavailable, open_queues
+from claim_queues import JSON, ConfigError, PostIncomplete, Queues, QueuesError, QueueUnavailable
 from claim_queues.cli import (
     GIVEN,
     MESSAGE_SECONDS,
     Command,
+    as_line,
     is_terminal,
     note,
-    one_line,
+    opened,
     print_lines,
     queue_options,
-    refuse_unsupported,
-    require_queues,
 )
 
 MOST_BODY_BYTES = 65_536
@@ -56,7 +55,7 @@ def request(widget_id: str) -> dict[str, JSON]:
     """The request that creates the widget. Raises ConfigError where it is too long to be sent."""
     body = {"widget_id": widget_id}
     if len(json.dumps(body)) > MOST_BODY_BYTES:
-        raise ConfigError(f"widget id {one_line(widget_id, 80)}: makes a body of over {MOST_BODY_BYTES:,} bytes")
+        raise ConfigError(f"widget id {as_line(widget_id)}: makes a body of over {MOST_BODY_BYTES:,} bytes")
     return body
 
 
@@ -67,63 +66,52 @@ def post_all(
 
     report: takes widget ids by message id. Raises PostIncomplete where some are stored and some not, or perhaps.
     """
-    posted = 0
+    posted, batch = 0, list[str]()
     try:
         while batch := list(islice(ids, queues.limits.post_limit)):
-            bodies = [request(widget_id) for widget_id in batch]
-            try:
-                report(dict(zip(queues.post(queue, bodies, ttl=ttl), batch, strict=True)))
-            except PostIncomplete as error:
-                for index, reason in error.refused.items():
-                    note(f"not stored: {one_line(batch[index])} {one_line(reason)}")
-                for index in error.unknown:
-                    note(f"perhaps stored: {one_line(batch[index])}")
-                report({message_id: batch[index] for index, message_id in error.accepted.items()})
-                raise
-            except (KeyboardInterrupt, SystemExit):  # of a signal
-                note("\n".join(f"perhaps stored: {one_line(widget_id)}" for widget_id in batch))
-                raise
-            posted += len(batch)
+            message_ids = queues.post(queue, [request(widget_id) for widget_id in batch], ttl=ttl)
+            report(dict(zip(message_ids, batch, strict=True)))
+            posted, batch = posted + len(batch), []
+    except PostIncomplete as error:
+        for index, reason in error.refused.items():
+            note(as_line("not stored:", batch[index], reason))
+        for index in error.unknown:
+            note(as_line("perhaps stored:", batch[index]))
+        report({message_id: batch[index] for index, message_id in error.accepted.items()})
+        raise
+    except (KeyboardInterrupt, SystemExit):  # of a signal
+        for widget_id in batch:
+            note(as_line("perhaps stored:", widget_id))
+        raise
     except QueuesError as error:
-        if isinstance(error, PostIncomplete) or not posted:
+        if not posted:
             raise
         message = f"stored the first {posted:,} requests and no more: {error}"
         raise PostIncomplete(message, accepted={}, refused={}, unknown=()) from error
 
 
 def await_responses(
-    queues: Queues, queue: str, pending: dict[str, str], timeout: float, report: Callable[[str, dict[str, JSON]], None]
-) -> None:
-    """Report the first response to each pending request, and delete it, until none is pending or `timeout` is over.
+    queues: Queues, queue: str, pending: dict[str, str], timeout: float
+) -> Iterator[tuple[str, dict[str, JSON]]]:
+    """The widget id and the first response of each pending request, until none is pending or `timeout` is over.
 
-    pending: widget ids by message id; an answered request leaves it. What is not ours, or not reported, stays queued.
+    pending: widget ids by message id; an answered request leaves it. Its responses are deleted, others stay queued.
     """
-    ours, marker = set(pending), ""
-    deadline = time.monotonic() + timeout
+    ours, marker, deadline = set(pending), "", time.monotonic() + timeout
     while pending and (left := deadline - time.monotonic()) > 0:
         try:
             page, marker = queues.browse(queue, after=marker, limit=PAGE, wait=min(left, LOOK_S))
-            found = [message for message in page if is_response(message.body) and message.body["request_id"] in ours]
+            objects = [message for message in page if isinstance(message.body, dict)]
+            found = [message for message in objects if str(message.body.get("request_id")) in ours]
             for message in found:
-                if message.body["request_id"] in pending:  # a crash of a consumer can repeat a response
-                    report(pending[message.body["request_id"]], message.body)
-                    del pending[message.body["request_id"]]
+                id_ = str(message.body["request_id"])
+                if id_ in pending:  # a crash of a consumer can repeat a response
+                    yield pending[id_], message.body
+                    del pending[id_]
             if found:
                 queues.delete(queue, [message.id for message in found])
         except QueueUnavailable as error:  # what a failed delete leaves behind goes when its TTL ends
             time.sleep(min(left, max(LOOK_AGAIN_S, error.retry_after)))
-
-
-def is_response(body: JSON) -> bool:
-    """Whether it has what the producer shows and matches; anybody can post to the queue."""
-    return isinstance(body, dict) and isinstance(body.get("request_id"), str) and isinstance(body.get("outcome"), str)
-
-
-def progress(total: int | None) -> Progress:
-    """Bars on stderr, where that is a terminal and there is more than one to come; lines on a terminal go above."""
-    hidden = total == 1 or not is_terminal(sys.stderr)
-    console = Console(stderr=True)
-    return Progress(console=console, transient=True, redirect_stdout=sys.stdout.isatty(), disable=hidden)
 
 
 @click.command(cls=Command)
@@ -135,14 +123,13 @@ def progress(total: int | None) -> Progress:
 @click.option("--wait", is_flag=True, help="Wait for each request's outcome; print WIDGET_ID OUTCOME [REASON].")
 @click.option("--timeout", type=click.FloatRange(0.1, 1_209_600), default=60.0, help="Seconds to wait with --wait.")
 @click.option("--json", "as_json", envvar="WIDGET_JSON", is_flag=True, help="Print JSON lines.")
-@click.pass_context
-def cli(ctx: click.Context, /, *, wait: bool, as_json: bool, **given: Any) -> int:
+def cli(*, wait: bool, as_json: bool, **given: Any) -> int:
     """Submit requests that create widgets; print MESSAGE_ID WIDGET_ID for each one that is stored.
 
     Exit codes: 0 all stored (with --wait: all created), 1 failed (with --wait: not all created), 2 usage, 3 the wait
     timed out, 4 credentials, 5 a local file cannot be used, 6 some requests were stored and some not, or nobody knows.
     """
-    if not wait and ctx.get_parameter_source("timeout") in GIVEN:
+    if not wait and click.get_current_context().get_parameter_source("timeout") in GIVEN:
         raise ConfigError("--timeout: there is nothing to wait for without --wait")
     widget_ids, count, ids_file = given["widget_id"], given["count"], given["ids_file"]
     if sum(map(bool, (widget_ids, count, ids_file))) > 1:
@@ -151,34 +138,32 @@ def cli(ctx: click.Context, /, *, wait: bool, as_json: bool, **given: Any) -> in
     total = None if ids_file else len(widget_ids) or count or 1
     requests, responses = given["request_queue"], given["response_queue"]
     pending, outcomes = dict[str, str](), set[str]()
+    console, is_hidden = Console(stderr=True), total == 1 or not is_terminal(sys.stderr)
+    progress = Progress(console=console, transient=True, redirect_stdout=sys.stdout.isatty(), disable=is_hidden)
 
-    def stored(found: dict[str, str]) -> None:
+    def report(stored: dict[str, str]) -> None:
         if wait:
-            pending.update(found)
+            pending.update(stored)
         elif as_json:
-            print_lines(json.dumps({"message_id": id_, "widget_id": widget}) for id_, widget in found.items())
+            print_lines(json.dumps({"message_id": id_, "widget_id": widget}) for id_, widget in stored.items())
         else:
-            print_lines(f"{one_line(id_)} {one_line(widget)}" for id_, widget in found.items())
-        bar.advance(task, len(found))
+            print_lines(as_line(id_, widget) for id_, widget in stored.items())
+        progress.advance(task, len(stored))
 
-    def answered(widget_id: str, response: dict[str, JSON]) -> None:
-        words = widget_id, response["outcome"], response.get("reason") or ""
-        print_lines([json.dumps(response) if as_json else " ".join(map(one_line, words)).rstrip()])
-        outcomes.add(response["outcome"])
-        bar.advance(task)
-
-    with open_queues(given["queue_url"]) as queues, progress(total) as bar:
-        refuse_unsupported(ctx, queues.limits)
-        require_queues(queues, [requests, *([responses] if wait else [])], create=given["create"])
+    with opened(given, requests, *([responses] if wait else [])) as queues, progress:
         ttl = given["ttl"] if queues.limits.has_message_ttl else None
-        task = bar.add_task("requests", total=total)
+        task = progress.add_task("requests", total=total)
         try:
-            post_all(queues, requests, ids, ttl, stored)
-            bar.reset(task, total=len(pending), description="responses", visible=wait)
-            await_responses(queues, responses, pending, given["timeout"], answered)
+            post_all(queues, requests, ids, ttl, report)
+            progress.reset(task, total=len(pending), description="responses", visible=wait)
+            for widget_id, response in await_responses(queues, responses, pending, given["timeout"]):
+                words = as_line(widget_id, response.get("outcome"), response.get("reason") or "").rstrip()
+                print_lines([json.dumps(response) if as_json else words])
+                outcomes.add(str(response.get("outcome")))
+                progress.advance(task)
         finally:
             for message_id, widget_id in pending.items():  # nothing that is stored goes unreported
-                note(f"no response yet: {one_line(message_id)} {one_line(widget_id)}")
+                note(as_line("no response yet:", message_id, widget_id))
     if pending:
         note(f"error: {len(pending):,} without a response after {given['timeout']:g} s: is a consumer running?")
         return 3

@@ -6,10 +6,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn, TextIO
 from urllib.parse import quote
 
@@ -19,15 +20,21 @@ import structlog
 from click.core import ParameterSource
 from structlog.typing import EventDict
 
-from . import FORMS, ConfigError, Limits, QueueNotFound, Queues, QueuesError, StoreError
+from . import FORMS, ConfigError, QueueNotFound, Queues, QueuesError, StoreError, open_queues
+from .base import check_queue
 
 __version__ = "0.2.0"
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 CLAIM_SECONDS, MESSAGE_SECONDS = click.IntRange(60, 43_200), click.IntRange(60, 1_209_600)
 GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
-SAME_SIGNAL_S = 0.5
-"""GNU timeout, among others, sends a signal to the process and then to its group, which the process is in."""
+LACKS = {
+    "can_browse": ("cannot show messages without claiming them", "wait", "dry_run"),
+    "has_grace": ("has no grace: a message can expire while it is claimed", "grace"),
+    "has_message_ttl": ("has one message TTL for the whole queue", "ttl", "response_ttl"),
+    "release_delay": ("cannot delay a release: a message in backoff stays claimed until that ends",),
+}
+"""What a service may lack, by the name of its limit: in words, then the options that it cannot honour."""
+SAME_SIGNAL_S = 0.5  # GNU timeout, among others, sends a signal to the process and then to its group, with it again
 
 
 class Command(click.Command):
@@ -40,14 +47,15 @@ class Command(click.Command):
         super().__init__(*args, **kwargs)
         settings = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "WIDGET", "show_default": True}
         self.context_settings = {**self.context_settings, **settings, "max_content_width": 100}
-        self.epilog = (
-            self.epilog or "Each option is also an environment variable: --queue-url would be WIDGET_QUEUE_URL."
-        )
+        self.epilog = "Each option is also an environment variable: --queue-url would be WIDGET_QUEUE_URL."
         click.version_option(__version__, allow_from_autoenv=False)(self)
 
     def invoke(self, ctx: click.Context) -> Any:
         if any(isinstance(value, float) and math.isnan(value) for value in ctx.params.values()):
             raise click.UsageError("NaN is in no option's range")  # click compares it with both ends, and lets it pass
+        queues = [check_queue(value).casefold() for name, value in ctx.params.items() if name.endswith("_queue")]
+        if len(set(queues)) < len(queues):
+            raise click.UsageError(f"the queues must differ: {', '.join(queues)}")
         return super().invoke(ctx)
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -81,7 +89,7 @@ class Group(Command, click.Group):
     command_class = Command
 
 
-def queue_options(*kinds: str) -> Decorator:
+def queue_options(*kinds: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """--queue-url, --create and a name for each kind of queue: `request`, `response`, `dead-letter`."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,14 +115,27 @@ def state_path(name: str) -> Path:
     return directory / name
 
 
+@contextmanager
+def opened(given: dict[str, Any], *names: str, looking: bool = False) -> Iterator[Queues]:
+    """The queue service of these options until the block ends, where the named queues exist; see require_queues.
+
+    Raises ConfigError for an option that the user gave and the service cannot honour.
+    """
+    ctx = click.get_current_context()
+    with open_queues(given["queue_url"]) as queues:
+        for limit, (reason, *options) in LACKS.items():
+            for name in options:
+                if not getattr(queues.limits, limit) and ctx.get_parameter_source(name) in GIVEN:
+                    raise ConfigError(f"--{name.replace('_', '-')}: {queues.limits.service} {reason}")
+        require_queues(queues, names, create=given["create"], looking=looking)
+        yield queues
+
+
 def require_queues(queues: Queues, names: Iterable[str], *, create: bool, looking: bool = False) -> None:
     """Create missing queues or raise QueueNotFound: a mistyped name must not look like an empty queue.
 
     looking: also where the service makes a queue at its first use, for commands that change nothing.
     """
-    names = list(names)
-    if len({name.casefold() for name in names}) < len(names):
-        raise ConfigError(f"the queues must differ: {', '.join(names)}")
     for name in names:
         if queues.exists(name):
             continue
@@ -124,26 +145,17 @@ def require_queues(queues: Queues, names: Iterable[str], *, create: bool, lookin
         structlog.get_logger().info("created missing queue", queue=name, at=queues.address)
 
 
-def refuse_unsupported(ctx: click.Context, limits: Limits) -> None:
-    """Raise ConfigError for an option that the user gave and the service cannot honour."""
-    one_life = "has one message TTL for the whole queue"
-    for name, is_supported, reason in (
-        ("grace", limits.has_grace, "has no grace"),
-        ("ttl", limits.has_message_ttl, one_life),
-        ("response_ttl", limits.has_message_ttl, one_life),
-        ("wait", limits.can_browse, "cannot look for one response among others"),
-        ("dry_run", limits.can_browse, "cannot show messages without claiming them"),
-    ):
-        if not is_supported and ctx.get_parameter_source(name) in GIVEN:
-            raise ConfigError(f"--{name.replace('_', '-')}: {limits.service} {reason}")
-
-
 def one_line(text: object, limit: int = 256) -> str:
     """The text with what would break a line or steer a terminal escaped, cut at `limit` characters."""
     escaped = str(text)[: limit + 1]
     if not escaped.isprintable():
         escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
     return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
+
+
+def as_line(*words: object) -> str:
+    """The words on one line, each escaped and cut; `-` for None."""
+    return " ".join("-" if word is None else one_line(word) for word in words)
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -202,17 +214,12 @@ def configure_logging(form: str, level: str) -> None:
     structlog.configure(
         processors=[structlog.processors.add_log_level, stamp, *render],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=lambda *_: _Lines(),
+        # Which drops lines while stderr takes none, as on a full disk: the work goes on.
+        logger_factory=lambda *_: SimpleNamespace(debug=note, info=note, warning=note, error=note, critical=note),
     )
     logging.basicConfig(format="%(message)s", handlers=[_FromLibraries()], force=True)
     logging.getLogger().setLevel(max(number, logging.WARNING))
     logging.getLogger("keystoneauth").setLevel(logging.ERROR)  # it warns of what it then raises
-
-
-class _Lines:
-    """While stderr takes none, as on a full disk, lines of the log are dropped: the work goes on."""
-
-    debug = info = warning = error = critical = staticmethod(note)
 
 
 class _FromLibraries(logging.Handler):

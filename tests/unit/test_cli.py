@@ -19,13 +19,13 @@ import structlog
 from in_process import run_command
 from support import HERE, tool_or_skip, wait_until
 
+import claim_queues.cli
 import widget_consumer
 import widget_maker
 import widget_producer
 from claim_queues import (
     ConfigError,
     CredentialsError,
-    Limits,
     PostIncomplete,
     QueueError,
     QueueNotFound,
@@ -35,10 +35,11 @@ from claim_queues.__main__ import cli as tool
 from claim_queues.cli import (
     Command,
     Group,
+    as_line,
     configure_logging,
     one_line,
+    opened,
     queue_options,
-    refuse_unsupported,
     require_queues,
     state_path,
 )
@@ -208,10 +209,12 @@ def test_a_state_directory_that_cannot_be_made_names_what_helps(
 # Queues and what a service can do
 
 
-@pytest.mark.parametrize("names", [("a", "a"), ("a", "b", "a"), ("Queue", "queue")])
-def test_queues_must_differ_whatever_their_case(names: tuple[str, ...], tmp_path: Path) -> None:
-    with SqliteQueues(tmp_path / "q") as queues, pytest.raises(ConfigError, match="must differ"):
-        require_queues(queues, names, create=True)
+@pytest.mark.parametrize("names", [("a", "a", "b"), ("a", "b", "a"), ("x", "Queue", "queue")])
+def test_queues_must_differ_whatever_their_case(names: tuple[str, ...]) -> None:
+    kinds = ("request", "response", "dead-letter")
+    options = [word for kind, name in zip(kinds, names, strict=True) for word in (f"--{kind}-queue", name)]
+    refused = run_command(command(lambda **given: None, queue_options(*kinds)), *options)
+    assert (refused.code, refused.err) == (2, f"error: the queues must differ: {', '.join(names)}\n".lower())
 
 
 def test_a_missing_queue_is_an_error_unless_it_is_to_be_created(tmp_path: Path) -> None:
@@ -251,13 +254,15 @@ def test_a_queue_that_is_made_at_its_first_use_need_not_exist_but_to_be_looked_a
 def test_an_option_is_refused_where_it_is_given_and_the_service_cannot_honour_it(
     option: str, lacking: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits = replace(Limits(service="Bare", claim_limit=1, post_limit=1), **{lacking: False})
+    kind = type("Bare", (SqliteQueues,), {"limits": replace(SqliteQueues.limits, service="Bare", **{lacking: False})})
+    monkeypatch.setattr(claim_queues.cli, "open_queues", lambda url: kind(Path(url)))
 
     @click.command(cls=Command)
+    @queue_options()
     @click.option(f"--{option}", default="60")
-    @click.pass_context
-    def consider(ctx: click.Context, /, **given: Any) -> None:
-        refuse_unsupported(ctx, limits)
+    def consider(**given: Any) -> None:
+        with opened(given):
+            pass
 
     assert run_command(consider).code == 0
     refused = run_command(consider, f"--{option}", 60)
@@ -282,6 +287,10 @@ def test_an_option_is_refused_where_it_is_given_and_the_service_cannot_honour_it
 )
 def test_one_line_escapes_what_breaks_a_line_or_steers_a_terminal(text: object, line: str) -> None:
     assert one_line(text) == line
+
+
+def test_the_words_of_a_line_are_escaped_and_a_dash_where_nothing_is_known() -> None:
+    assert as_line("a\nb", 5, None, "") == "a\\nb 5 - "
 
 
 @pytest.mark.parametrize("text", ["x" * 11, "\n" * 10, "\u202e" * 1_000_000])

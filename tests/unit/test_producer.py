@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from in_process import Ended, run_command
 
-import widget_producer
+import claim_queues.cli
 from claim_queues import JSON, Message, PostIncomplete, QueueUnavailable
 from claim_queues.cli import state_path
 from claim_queues.sqlite import SqliteQueues
@@ -38,7 +38,7 @@ def use(monkeypatch: pytest.MonkeyPatch, queues: SqliteQueues) -> Use:
     def install(kind: type[SqliteQueues] = SqliteQueues, **limits: Any) -> None:
         kind = type("Other", (kind,), {"limits": replace(kind.limits, **limits)})
         path = Path(queues.address.removeprefix("sqlite:///"))
-        monkeypatch.setattr(widget_producer, "open_queues", lambda url: kind(path))
+        monkeypatch.setattr(claim_queues.cli, "open_queues", lambda url: kind(path))
 
     return install
 
@@ -350,6 +350,6 @@ def test_what_the_service_cannot_do_is_refused_before_anything_is_posted(queues:
             return super().post(queue, bodies, **options)
 
     use(Noting, can_browse=False, has_message_ttl=False, service="Bare")
-    assert produce("--wait") == Ended(2, "", "error: --wait: Bare cannot look for one response among others\n")
+    assert produce("--wait") == Ended(2, "", "error: --wait: Bare cannot show messages without claiming them\n")
     assert produce("--ttl", 60).err == "error: --ttl: Bare has one message TTL for the whole queue\n"
     assert (produce().code, given) == (0, [None])
