@@ -39,25 +39,26 @@ USAGE = "write rackspace://USER@REGION, or with ?identity=URL for another servic
 
 
 class Identity(RaxIdentity):  # type: ignore[misc]
-    """A sign-in with an API key. signed_in: the token, once all of the answer that brought it is known."""
+    """A sign-in with an API key."""
+
+    token: str | None
 
     def __init__(self, user: str, key: str, endpoint: str | None, http: HttpSession) -> None:
         super().__init__(username=user, api_key=key, auth_endpoint=endpoint)
         is_here(self.auth_endpoint)
         self._http = http
         self._signing_in = threading.Lock()
-        self.signed_in: str | None = None
 
     def sign_in(self, refused: str | None) -> str:
         """A token other than the refused one; threads whose token was refused share one sign-in."""
         with self._signing_in:
-            if self.signed_in in (None, refused):
+            if self.token in (None, refused):
                 try:
                     self.authenticate()
                 except (AttributeError, KeyError, TypeError, ValueError) as error:
+                    self.token = None  # it may be known already
                     raise QueueUnavailable(f"{self.auth_endpoint}: that is no answer of a sign-in") from error
-                self.signed_in = str(self.token)
-            return str(self.signed_in)
+            return str(self.token)
 
     def method_post(self, uri: str, *_: Any, data: Any = None, **__: Any) -> tuple[Answer, Any]:
         # A refusal is raised here: after one that it sees, RaxIdentity signs in with passwords until the process ends.
@@ -128,8 +129,8 @@ class CloudQueues(ZaqarApi):
         http = HttpSession(trust_env=True)
         key = keyrings.secret("pyrax", user, what="API key")
         identity = Identity(user, key, options.get("identity"), http)
-        own = {} if identity.auth_endpoint == AUTH_ENDPOINT else {"identity": identity.auth_endpoint}
-        address = with_options(f"rackspace://{quote(user)}@{region.upper()}", own)
+        elsewhere = identity.auth_endpoint if identity.auth_endpoint != AUTH_ENDPOINT else None
+        address = with_options(f"rackspace://{quote(user)}@{region.upper()}", {"identity": elsewhere})
         return cls(Client(identity, region.upper(), http), http, address, f"the API key of {user}, in keyring")
 
     def exists(self, queue: str) -> bool:

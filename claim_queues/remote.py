@@ -44,18 +44,15 @@ class RemoteQueues(Queues):
     def post(self, queue: str, bodies: Sequence[JSON], *, ttl: int | None = None) -> list[str]:
         results = self._store(queue, [self._document(body, ttl) for body in bodies])
         accepted = {index: found for index, found in enumerate(results) if isinstance(found, str)}
-        failed = {index: found for index, found in enumerate(results) if not isinstance(found, str)}
-        if not failed:
+        errors = {index: found for index, found in enumerate(results) if isinstance(found, QueuesError)}
+        if not errors:
             return list(accepted.values())
-        unknown = [index for index, error in failed.items() if isinstance(error, AnswerLost)]
+        first, unknown = next(iter(errors.values())), [i for i, each in errors.items() if isinstance(each, AnswerLost)]
         if not accepted and not unknown:
-            raise next(iter(failed.values()))
-        raise PostIncomplete(
-            f"{next(iter(failed.values()))}; {len(accepted):,} of {len(bodies):,} were accepted",
-            accepted=accepted,
-            refused={index: str(error) for index, error in failed.items() if index not in unknown},
-            unknown=unknown,
-        )
+            raise first
+        refused = {index: str(error) for index, error in errors.items() if index not in unknown}
+        said = f"{first}; {len(accepted):,} of {len(bodies):,} were accepted"
+        raise PostIncomplete(said, accepted=accepted, refused=refused, unknown=unknown)
 
     def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
         """After an error all is to be asked for again: to delete what is deleted is no error."""
@@ -76,12 +73,11 @@ class RemoteQueues(Queues):
         outcomes: dict[str, dict[tuple[str, int], str]] = defaultdict(dict)
         for message, posts, _ in sorted(settlements, key=lambda each: -len(each.posts)):  # dead letters first
             try:
-                documents = [self._document(post.body, post.ttl) for post in posts]
+                documents = [(post.queue, self._document(post.body, post.ttl)) for post in posts]
+                for place, (queue, document) in enumerate(documents):
+                    outcomes[queue][message.id, place] = document
             except MessageRefused as error:
                 failed[message.id] = error
-                continue
-            for place, document in enumerate(documents):
-                outcomes[posts[place].queue][message.id, place] = document
         for queue, wanted in outcomes.items():
             keys = [key for key in wanted if key not in claim.posted and key[0] not in failed]
             for key, found in zip(keys, self._store(queue, [wanted[key] for key in keys]), strict=True):
@@ -126,9 +122,10 @@ def split_url(url: str, place: str, options: Collection[str], usage: str) -> tup
     return found[1], given
 
 
-def with_options(address: str, options: Mapping[str, str]) -> str:
-    """The address, and after it the options in one order."""
-    return address + (f"?{urlencode(sorted(options.items()), safe=':/[]')}" if options else "")
+def with_options(address: str, options: Mapping[str, str | None]) -> str:
+    """The address, and after it the options that are given, in one order."""
+    given = {name: value for name, value in sorted(options.items()) if value}
+    return address + (f"?{urlencode(given, safe=':/[]')}" if given else "")
 
 
 def is_here(endpoint: str) -> bool:

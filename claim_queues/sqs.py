@@ -34,31 +34,28 @@ LONGEST_HOLD_S = 43_200  # since the receive, renewals and delays included; SQS 
 POLL_S = 2  # longest single long poll (SQS takes 20 s): stop_waiting() ends a wait within that
 USAGE = "write sqs://REGION, with ?endpoint=URL for a local server and profile=NAME for one of your AWS profiles"
 HINTS = {
-    CredentialsError: ": set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (a local server takes any) or AWS_PROFILE, or"
-    " write ~/.aws/credentials",
+    CredentialsError: ": set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or write ~/.aws/credentials",
     errors.QueueNotFound: ": create it with --create",
 }
 UNSENDABLE = {0xFFFE: r"\ufffe", 0xFFFF: r"\uffff"}
 """What SQS refuses of the characters that JSON text can hold (SendMessage), as JSON escapes it."""
+FAILURES = (sdk.BotoCoreError, sdk.ClientError, ResponseParserError, RuntimeError, KeyError, TypeError, ValueError)
+"""What calls of boto3 raise (RuntimeError: fresh credentials that are expired), and what reads their answers."""
 ERRORS: dict[type[QueuesError], str] = {
-    errors.QueueNotFound: "NonExistentQueue|QueueDoesNotExist|InvalidAddress",
-    CredentialsError: ".*(Credential|Login|Signature|SSO|Token).*|InvalidSecurity|OptInRequired|ProfileNotFound"
-    "|RefreshWithMFAUnsupportedError|RequestExpired|UnrecognizedClient|RuntimeError|401",
-    errors.QueueForbidden: "AccessDenied|NotAuthorized|Kms(?!Throttled).*|403",
-    QueueUnavailable: "ConnectionError|MetadataRetrievalError|Internal(Error|Failure)|.*Thrott.*|OverLimit"
-    "|PurgeQueueInProgress|QueueDeletedRecently|Request(Aborted|Timeout)|ServiceUnavailable|429|5..",
     AnswerLost: "ChecksumError|HTTPClientError|IncompleteReadError|ResponseParserError|KeyError|TypeError|ValueError",
+    QueueUnavailable: "ConnectionError|MetadataRetrievalError|Internal|OverLimit|PurgeQueueInProgress|Thrott"
+    "|QueueDeletedRecently|Request(Aborted|Timeout)| 429$| 5..$",
+    errors.QueueNotFound: "NonExistentQueue|QueueDoesNotExist",
+    CredentialsError: "BotoCoreError|RuntimeError|Credential|Expired|InvalidSecurity|Signature|Token"
+    "|UnrecognizedClient| 401$",
+    errors.QueueForbidden: "AccessDenied|Kms|NotAuthorized| 403$",
     MessageRefused: "BatchRequestTooLong|InvalidMessageContents|InvalidParameterValue|RequestEntityTooLarge",
-    ConfigError: "BotoCoreError",
 }
-"""By the class that boto3 raises (ConnectionError: nothing was sent; RuntimeError: fresh credentials that are expired),
-or the nearest base of it that is named here; else by the last part of SQS's code; else by HTTP status."""
-BOTO3_ERRORS = (sdk.BotoCoreError, sdk.ClientError, ResponseParserError, RuntimeError)
-NO_ANSWER = (KeyError, TypeError, ValueError)
+"""By the names of boto3's exception and its bases, SQS's code, and the HTTP status. The first that is found counts."""
 
 
 class SqsQueues(RemoteQueues):
-    """The queues of a region, or of the server at `endpoint`. ready_after_s: when a new queue takes messages."""
+    """The queues of a region, or of the server at `endpoint`."""
 
     limits = Limits(
         service="Amazon SQS",
@@ -73,30 +70,25 @@ class SqsQueues(RemoteQueues):
         utf8=True,
     )
     request_room = MOST_BYTES
+    ready_after_s = 1.0  # CreateQueue: "you must wait at least one second"
 
-    def __init__(
-        self, region: str, *, endpoint: str | None = None, profile: str | None = None, ready_after_s: float = 1
-    ) -> None:
+    def __init__(self, region: str, *, endpoint: str | None = None, profile: str | None = None) -> None:
         super().__init__()
-        given = {name: value for name, value in (("endpoint", endpoint), ("profile", profile)) if value}
-        self.address = with_options(f"sqs://{region}", given)
-        self._region, self._endpoint, self._profile, self._ready_after_s = region, endpoint, profile, ready_after_s
+        self.address = with_options(f"sqs://{region}", {"endpoint": endpoint, "profile": profile})
+        self._region, self._endpoint, self._profile = region, endpoint, profile
         self._url = cache(self._look_up)
-        if endpoint:
-            is_here(endpoint)
         try:
             self._client: Any = self._connect()
         except ValueError:
-            raise ConfigError(f"boto3 cannot use the endpoint that environment or profile name: {USAGE}") from None
-        except BOTO3_ERRORS as error:
-            problem = _translated(error, f"connect to {self.address}")
-            raise problem from problem.__cause__
+            raise ConfigError(f"boto3 cannot use the endpoint of the URL, environment or profile: {USAGE}") from None
+        except FAILURES as error:
+            raise _translated(error, f"connect to {self.address}") from None
 
     @classmethod
     def from_url(cls, url: str) -> Self:
         """Open sqs://REGION?endpoint=URL&profile=NAME; raises ConfigError or CredentialsError with what to write."""
         region, options = split_url(url, "[a-z0-9-]+", ("endpoint", "profile"), USAGE)
-        return cls(region, endpoint=options.get("endpoint"), profile=options.get("profile"))
+        return cls(region, **options)
 
     def create(self, queue: str) -> None:
         """A new queue keeps messages for the longest time, 14 days: they have no TTL of their own."""
@@ -104,7 +96,7 @@ class SqsQueues(RemoteQueues):
             # The same values for every queue, so that two who create one at the same moment agree.
             attributes = {"MessageRetentionPeriod": str(LONGEST_RETENTION_S), "MaximumMessageSize": str(MOST_BYTES)}
             self._ask("create_queue", queue, dict, QueueName=queue, Attributes=attributes)
-            self._stopped.wait(self._ready_after_s)  # CreateQueue: "you must wait at least one second"
+            self._stopped.wait(self.ready_after_s)
 
     def exists(self, queue: str) -> bool:
         try:
@@ -211,9 +203,13 @@ class SqsQueues(RemoteQueues):
 
         def read(answer: Entry) -> Results:
             done = {each["Id"]: each for each in answer.get("Successful", ())}
-            failed = {each["Id"]: _entry_error(each, operation, what) for each in answer.get("Failed", ())}
             silent = AnswerLost(f"{what}: SQS said nothing of some entries")
-            return done, {id_: failed.get(id_, silent) for id_ in entries if id_ not in done}
+            failed: dict[str, QueuesError] = {id_: silent for id_ in entries if id_ not in done}
+            for each in answer.get("Failed", ()):
+                status = {"HTTPStatusCode": 400 if each.get("SenderFault") else 500}
+                error = sdk.ClientError({"Error": each, "ResponseMetadata": status}, operation)
+                failed[each["Id"]] = _translated(error, what, MessageRefused)
+            return done, failed
 
         return self._ask(operation, queue, read, Entries=[{"Id": id_} | entry for id_, entry in entries.items()])
 
@@ -228,11 +224,13 @@ class SqsQueues(RemoteQueues):
         try:
             client = self._client = self._client or self._connect()
             found = read(getattr(client, operation)(**values))
-        except (*BOTO3_ERRORS, *NO_ANSWER) as error:
+        except FAILURES as error:
             problem = _translated(error, f"{operation} {queue} at {self.address}")
-            if isinstance(problem, CredentialsError) and self._has_worked:
+            if not isinstance(problem, CredentialsError):
+                raise problem from error
+            if self._has_worked:
                 self._client, problem = None, QueueUnavailable(str(problem))  # the next try reads credentials again
-            raise problem from problem.__cause__
+            raise problem from None  # AWS's words may repeat the session token
         self._has_worked = True
         return found
 
@@ -247,38 +245,23 @@ class SqsQueues(RemoteQueues):
         if is_here(client.meta.endpoint_url):  # which the environment or the profile can name too
             client.close()
             client = session.client("sqs", endpoint_url=self._endpoint, config=config.merge(Config(proxies={})))
-        client.meta.events.register("response-received.sqs.SendMessageBatch", _send_once)
         return client
 
 
-def _send_once(exception: Exception | None, **_: Any) -> None:
-    """Keep boto3 from sending again what may be stored."""
-    if exception and not isinstance(exception, sdk.ConnectionError):
-        raise exception
-
-
-def _translated(error: Exception, what: str) -> QueuesError:
-    """The contract's error. what: was asked, and of whom."""
-    response = error.response if isinstance(error, sdk.ClientError) else {}
-    about = response.get("ResponseMetadata", {})
-    code = re.split("[.#]", str(response.get("Error", {}).get("Code", "")))[-1].removesuffix("Exception")
-    names = [*(base.__name__ for base in type(error).__mro__), code, str(about.get("HTTPStatusCode"))]
-    named = [kind for name in names for kind, known in ERRORS.items() if re.fullmatch(known, name)]
-    kind = named[0] if named else errors.QueueError
-    said = str(error) if isinstance(error, BOTO3_ERRORS) else f"this is no answer of SQS: {error!r}"
+def _translated(error: Exception, what: str, otherwise: type[QueuesError] = errors.QueueError) -> QueuesError:
+    """The contract's error. what: was asked, and of whom. otherwise: its class where ERRORS has none."""
+    said, response = str(error), error.response if isinstance(error, sdk.ClientError) else {}
+    code = str(response.get("Error", {}).get("Code", ""))
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    names = " ".join([*(base.__name__ for base in type(error).__mro__), code, str(status)])
+    kind = next((kind for kind, known in ERRORS.items() if re.search(known, names)), otherwise)
     if code.isdecimal():  # boto3 would repeat the whole page
         said = f"HTTP {code}, not in SQS's words: look for a wrong region or endpoint, or for a proxy"
     elif code and kind is CredentialsError:  # what AWS says about a wrong signature repeats the session token
         said = f"AWS refuses the credentials ({code}), or this clock is wrong"
-    found = kind(f"{what}: {said}{HINTS.get(kind, '')}")
-    found.__cause__ = None if kind is CredentialsError else error
-    return found
-
-
-def _entry_error(entry: Entry, operation: str, what: str) -> QueuesError:
-    about = {"HTTPStatusCode": 400 if entry.get("SenderFault") else 500}
-    found = _translated(sdk.ClientError({"Error": entry, "ResponseMetadata": about}, operation), what)
-    return found if isinstance(found, QueueUnavailable | errors.QueueForbidden) else MessageRefused(str(found))
+    elif kind is AnswerLost:
+        said = f"SQS gave no answer: {error!r}"
+    return kind(f"{what}: {said}{HINTS.get(kind, '')}")
 
 
 def _messages(answer: Entry) -> tuple[Message, ...]:

@@ -21,8 +21,8 @@ from .remote import is_here, split_url, with_options
 from .zaqar_api import PAGE, REQUEST_BYTES, Answer, HttpSession, ZaqarApi
 
 USAGE = "write zaqar://CLOUD, a name in clouds.yaml, or zaqar://?endpoint=URL&project=NAME for a Zaqar without Keystone"
-BUSY = (exceptions.HttpServerError, exceptions.TooManyRequests, exceptions.RequestTimeout)
 NO_KEYSTONE = (exceptions.DiscoveryFailure, exceptions.InvalidResponse)
+BUSY = (exceptions.HttpServerError, exceptions.TooManyRequests, exceptions.RequestTimeout, *NO_KEYSTONE)
 
 
 class ZaqarQueues(ZaqarApi):
@@ -89,19 +89,11 @@ class ZaqarQueues(ZaqarApi):
 
     def inspect(self, queue: str) -> list[str]:
         metadata = self._ask("read", queue, f"GET /queues/{queue}", lambda answer: dict(json.loads(answer.content)))
-        receives, letters = metadata.get("_max_claim_count"), metadata.get("_dead_letter_queue")
-        found = []
-        if receives and letters:
-            found.append(
-                f"queue {queue} has a receive limit of the service's own: after {receives} claims a message moves to"
-                f" {letters}, in an outage too (_max_claim_count, _dead_letter_queue)"
-            )
-        if self._delete_one(queue, "0" * 24, "none"):  # only the MongoDB driver looks at the claim first
-            found.append(
-                "Zaqar runs on another driver than MongoDB's: the Redis driver's claims of several messages also take"
-                " what others hold, and cannot be released then: use --claim-limit 1"
-            )
-        return found
+        most, letters = metadata.get("_max_claim_count"), metadata.get("_dead_letter_queue")
+        moves = f"queue {queue}: Zaqar moves messages to {letters} after {most} claims, in outages of the maker too"
+        steals = "Zaqar's driver is not MongoDB's: the Redis driver hands out what others hold: use --claim-limit 1"
+        is_mongodb = not self._delete_one(queue, "0" * 24, "none")  # it alone looks at the claim first
+        return [moves] * bool(most and letters) + [steals] * (not is_mongodb)
 
     def _send(self, method: str, path: str, **options: Any) -> Answer:
         options |= {"headers": dict(self._headers), "raise_exc": False, "redirect": False}
@@ -110,9 +102,8 @@ class ZaqarQueues(ZaqarApi):
                 return self._session.request(f"{root.rstrip('/').removesuffix('/v2')}/v2{path}", method, **options)
         except errors.QueuesError:
             raise
+        except BUSY as error:
+            raise errors.QueueUnavailable(f"{error}", retry_after=getattr(error, "retry_after", 0)) from error
         except Exception as error:  # of the sign-in: without a password keystoneauth raises no error of its own
-            said = f"{error}; see the cloud's `auth` in clouds.yaml"
-            if isinstance(error, BUSY + NO_KEYSTONE):
-                raise errors.QueueUnavailable(said, retry_after=getattr(error, "retry_after", 0)) from error
-            raise errors.CredentialsError(said) from error
+            raise errors.CredentialsError(f"{error}; see the cloud's `auth` in clouds.yaml") from error
         raise errors.ConfigError("the cloud offers no `messaging` there: see its region_name and interface")

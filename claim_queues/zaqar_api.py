@@ -24,7 +24,7 @@ from .remote import RemoteQueues, is_here
 REQUEST_BYTES = 262_144  # of a whole POST; one byte more is HTTP 400
 LONGEST_TTL_S = 1_209_600
 PAGE = 20  # most messages of a list, and most queues of one
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0  # between looks of a wait; the longest of claims is their whole wait
+FIRST_PAUSE_S = 0.1  # between looks of a wait
 TIMEOUT_S = (5.0, 30.0)  # to connect, and between two bytes of an answer
 THREADS = 64  # so many may ask at once, each over a connection that is kept
 LONGEST_RETRY_AFTER_S = 3600.0
@@ -39,8 +39,6 @@ REFUSALS: Refusals = {
     404: errors.QueueNotFound,
     **dict.fromkeys((408, 413, 429, 503), QueueUnavailable),
 }
-REFUSED_AT_POST = {400: errors.MessageRefused}
-LOST_AT_RENEWAL, LOST_AT_DELETE = {404: errors.ClaimLost}, {400: errors.ClaimLost}
 ADVICE = {
     errors.CredentialsError: "; the service does not accept these credentials",
     errors.QueueForbidden: "; ask the owner of the account or project for that right",
@@ -71,9 +69,8 @@ class HttpSession(requests.Session):
             return super().send(request, **options)
         except (requests.RequestException, HTTPError) as error:
             # urllib3 wraps in MaxRetryError what fails before a request is sent: to find the host, to connect, TLS.
-            under = error.args[0] if error.args else None
-            if isinstance(under, MaxRetryError):
-                raise QueueUnavailable(str(under.reason or under)) from error
+            if error.args and isinstance(unsent := error.args[0], MaxRetryError):
+                raise QueueUnavailable(str(unsent.reason)) from error
             raise AnswerLost(str(error)) from error
         except OSError as error:
             raise ConfigError(f"{error}; see REQUESTS_CA_BUNDLE") from error
@@ -109,13 +106,13 @@ class ZaqarApi(RemoteQueues):
             messages, id_ = self._ask("claim from", queue, request, _messages, data=terms)
             return Claim(id_, queue, ttl, grace, messages, expiry(asked_at, ttl)) if messages else None
 
-        return self._look(f"claims of {queue}", wait, wait, look)
+        return self._look(queue, wait, look)
 
     def renew(self, claim: Claim) -> None:
         asked_at = time.monotonic()
         terms = json.dumps({"ttl": claim.ttl, "grace": claim.grace})  # one left out becomes the server's default
         request = f"PATCH /queues/{claim.queue}/claims/{claim.id}"
-        self._ask(f"renew claim {claim.id} on", claim.queue, request, bool, LOST_AT_RENEWAL, data=terms)
+        self._ask(f"renew claim {claim.id} on", claim.queue, request, bool, {404: errors.ClaimLost}, data=terms)
         claim.renewed(asked_at)
 
     def release(self, claim: Claim, *, delay: float = 0) -> None:
@@ -130,7 +127,7 @@ class ZaqarApi(RemoteQueues):
             messages, marker = self._ask("browse", queue, f"GET /queues/{queue}/messages", _messages, params=query)
             return (list(messages), marker) if messages else None
 
-        return self._look(f"list of {queue}", wait, min(wait, LONGEST_PAUSE_S), look) or ([], after)
+        return self._look(queue, wait, look) or ([], after)
 
     def delete(self, queue: str, ids: Sequence[str]) -> None:
         """In a request each: the bulk delete removes claimed messages too."""
@@ -153,15 +150,18 @@ class ZaqarApi(RemoteQueues):
         self.stop_waiting()
         self._http.close()
 
-    def _look(self, key: str, wait: float, longest: float, look: Callable[[], T | None]) -> T | None:
-        """Until something is found or the wait is over: neither API has a long poll. Pauses double over all waits."""
+    def _look(self, queue: str, wait: float, look: Callable[[], T | None]) -> T | None:
+        """Until something is found or the wait is over: neither API has a long poll.
+
+        Pauses double, from one wait to the next too, up to a whole wait.
+        """
         deadline = time.monotonic() + wait
         while not (found := look()):
-            pause, left = self._pauses.get(key, FIRST_PAUSE_S), deadline - time.monotonic()
-            self._pauses[key] = min(2 * pause, max(longest, FIRST_PAUSE_S))
+            pause, left = self._pauses.get(queue, FIRST_PAUSE_S), deadline - time.monotonic()
+            self._pauses[queue] = min(2 * pause, max(wait, FIRST_PAUSE_S))
             if left <= 0 or self._stopped.wait(min(pause, left)) or left <= pause:
                 return None
-        self._pauses.pop(key, None)
+        self._pauses.pop(queue, None)
         return found
 
     def _ask(
@@ -196,7 +196,7 @@ class ZaqarApi(RemoteQueues):
             return ids
 
         request, data = f"POST /queues/{queue}/messages", ",".join(documents).join(self.around)
-        return self._ask("post to", queue, request, read, REFUSED_AT_POST, data=data)
+        return self._ask("post to", queue, request, read, {400: errors.MessageRefused}, data=data)
 
     def _delete_settled(self, claim: Claim, settlements: Sequence[Settlement]) -> list[str]:
         gone = [each.message.id for each in settlements if not each.fenced]
@@ -214,7 +214,7 @@ class ZaqarApi(RemoteQueues):
         """Whether it is gone."""
         request = f"DELETE /queues/{queue}/messages/{id_}?claim_id={claim_id}".removesuffix("?claim_id=")
         try:
-            return self._ask("delete from", queue, request, bool, LOST_AT_DELETE)
+            return self._ask("delete from", queue, request, bool, {400: errors.ClaimLost})
         except errors.ClaimLost:
             return False  # the claim is over
         except errors.QueueForbidden as error:
@@ -252,14 +252,10 @@ def _messages(answer: Answer) -> tuple[tuple[Message, ...], str]:
     entries = found if isinstance(found, list) else found["messages"]
     if not entries:
         return (), ""
+    made = [Message(_id(each["href"]), decode(json.dumps(each["body"])), float(each["age"])) for each in entries]
     if "Location" in answer.headers:
-        place = _id(answer.headers["Location"])
-    else:
-        (onward,) = (link["href"] for link in found["links"] if link["rel"] == "next")
-        place = parse_qs(urlsplit(onward).query)["marker"][0]
-    bodies = (decode(json.dumps(each["body"])) for each in entries)
-    made = (Message(_id(each["href"]), body, float(each["age"])) for each, body in zip(entries, bodies, strict=True))
-    return tuple(made), place
+        return tuple(made), _id(answer.headers["Location"])
+    return tuple(made), parse_qs(urlsplit(found["links"][0]["href"]).query)["marker"][0]
 
 
 def _stats(answer: Answer) -> Stats:

@@ -21,8 +21,10 @@ REGION = "eu-west-1"
 class AgeingQueues(SqsQueues):
     """Queues whose claims a test can make older: what is trusted on SQS is the holder's own clock."""
 
+    ready_after_s = 0
+
     def __init__(self, endpoint: str) -> None:
-        super().__init__(REGION, endpoint=endpoint, ready_after_s=0)
+        super().__init__(REGION, endpoint=endpoint)
         self._claims: list[Claim] = []
 
     def claim(self, queue: str, **terms: Any) -> Claim | None:

@@ -228,6 +228,24 @@ def _health_url(health: Reply | None) -> Result:
         return found.plus("" if found.figures["dead letters"] == 1 else "no dead letter")
 
 
+def moved_name(scale: float) -> Result:
+    """A consumer that is never idle: how long it keeps a connection, and so the address of a name that has moved."""
+    lives: dict[int, list[float]] = {}
+    with scene() as (made, maker):
+
+        def make(post: Post) -> Answer:
+            lives.setdefault(post.connection, []).append(post.at)
+            time.sleep(0.02)
+            return maker.make(post)
+
+        maker.answer = make
+        made.post_ids(widget_ids(scaled(4_000, scale)))
+        made.drain("--slots", 1)
+        longest = max(round(ends[-1] - ends[0], 1) for ends in lives.values())
+        found = made.check(maker.made).plus(most_seconds_on_one_connection=longest, connections=len(lives))
+        return found.plus(f"{longest} s on one connection" if longest > 61 else "")
+
+
 def fairness(scale: float) -> Result:
     """24 requests of 5 s on three consumers of 8 slots, 14 of 40 s on two of 2."""
     cases = [(24, max(1.5, 5 * min(1, 10 * scale)), 3, 8), (14, max(1.5, 40 * scale), 2, 2)]
@@ -257,6 +275,9 @@ CAMPAIGNS = [
     Campaign("hanging", "messages that hang hold up no others", hanging),
     Campaign("bad-ahead", "200 and 1,000 bad messages ahead of 500 good ones", bad_ahead),
     Campaign("alone", "a message alone that fails, hangs, or is answered 403", alone),
+    Campaign(
+        "moved-name", "a maker that is always busy: a connection, and so its address, is kept for a minute", moved_name
+    ),
     Campaign("health-urls", "a wrong health URL: all is made, and what is bad is a dead letter", health_urls),
     Campaign("fairness", "slow requests are shared evenly", fairness),
 ]

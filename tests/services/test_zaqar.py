@@ -379,7 +379,7 @@ def test_what_would_surprise_a_queue_s_users_is_named(queues, queue, proxy):
     assert queues.inspect(queue) == []
 
     (moves,) = queues.inspect(new_queue(queues, proxy, _max_claim_count=3, _dead_letter_queue="letters"))
-    assert "after 3 claims a message moves to letters" in moves
+    assert "moves messages to letters after 3 claims" in moves
 
 
 def test_a_driver_whose_claims_take_what_others_hold_is_named(either):
