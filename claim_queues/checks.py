@@ -31,18 +31,18 @@ class Report:
 
 
 def check_queues(report: Report, queues: Queues, names: Iterable[str], *, create: bool) -> None:
-    """Check the service and its queues; changes nothing but for `create`."""
+    """Check the service and its queues, the request queue first; changes nothing but for `create`."""
     limits = queues.limits
     report.ok(f"{limits.service} opened: {queues.address}")
     report.ok(f"credentials: {queues.credentials}")
-    for name in names:
+    for place, name in enumerate(names):
         try:
             if limits.makes_queues and not create and not queues.exists(name):
                 report.ok(f"queue {name}: is made at its first use")
                 continue
             require_queues(queues, [name], create=create)
             report.ok(f"queue {name}: {queues.stats(name).total:,} messages")
-            for surprise in queues.inspect(name):
+            for surprise in queues.inspect(name, is_posted_to=place > 0):
                 report.warning(surprise)
         except QueuesError as error:
             report.failure(error)

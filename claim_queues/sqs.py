@@ -31,6 +31,7 @@ Results = tuple[dict[str, Entry], dict[str, QueuesError]]
 LONGEST_RETENTION_S, SHORT_RETENTION_S = 1_209_600, 345_600
 MOST_BYTES = 1_048_576  # of a message, and of the messages of a batch together (SendMessageBatch)
 LONGEST_HOLD_S = 43_200  # since the receive, renewals and delays included; SQS refuses what would go beyond
+POSTING, CLAIMING = ("send_message_batch",), ("delete_message_batch", "change_message_visibility_batch")
 POLL_S = 2  # longest single long poll (SQS takes 20 s): stop_waiting() ends a wait within that
 USAGE = "write sqs://REGION, with ?endpoint=URL for a local server and profile=NAME for one of your AWS profiles"
 HINTS = {
@@ -157,13 +158,22 @@ class SqsQueues(RemoteQueues):
 
         return self._ask("get_queue_attributes", queue, read, AttributeNames=names)
 
-    def inspect(self, queue: str) -> list[str]:
+    def inspect(self, queue: str, *, is_posted_to: bool = False) -> list[str]:
+        """What a policy forbids is asked with batches of nothing, which SQS refuses for another reason else."""
         names = ["RedrivePolicy", "MessageRetentionPeriod"]
         attributes = self._ask("get_queue_attributes", queue, lambda it: dict(it["Attributes"]), AttributeNames=names)
         policy, retention = attributes.get("RedrivePolicy"), int(attributes["MessageRetentionPeriod"])
         moves = f"queue {queue} has a redrive policy ({policy}): SQS moves messages away, in outages of the maker too"
         loses = f"queue {queue} keeps messages for {retention:,} s, claimed or not: raise its MessageRetentionPeriod"
-        return [moves] * bool(policy) + [loses] * (retention < SHORT_RETENTION_S)
+        found = [moves] * bool(policy) + [loses] * (retention < SHORT_RETENTION_S)
+        for operation in POSTING if is_posted_to else CLAIMING:
+            try:
+                self._ask(operation, queue, bool, Entries=[])
+            except errors.QueueForbidden as error:
+                found.append(str(error))
+            except QueuesError:
+                continue
+        return found
 
     def close(self) -> None:
         self.stop_waiting()

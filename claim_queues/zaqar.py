@@ -87,7 +87,7 @@ class ZaqarQueues(ZaqarApi):
             raise errors.QueueNotFound(f"count {queue} at {self.address}: it does not exist: create it with --create")
         return found
 
-    def inspect(self, queue: str) -> list[str]:
+    def inspect(self, queue: str, *, is_posted_to: bool = False) -> list[str]:
         metadata = self._ask("read", queue, f"GET /queues/{queue}", lambda answer: dict(json.loads(answer.content)))
         most, letters = metadata.get("_max_claim_count"), metadata.get("_dead_letter_queue")
         moves = f"queue {queue}: Zaqar moves messages to {letters} after {most} claims, in outages of the maker too"

@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import requests
+import yaml
 from support import HERE, free_port, run_script, script, tool_or_skip, wait_until, widget_maker
 
 DEPLOY = HERE / "deploy"
+SERVICES = yaml.safe_load((DEPLOY / "compose.yml").read_text())["services"]
 UNITS = sorted(DEPLOY.glob("*.service"))
 units = pytest.mark.parametrize("unit", UNITS, ids=[unit.stem for unit in UNITS])
 
@@ -95,6 +98,31 @@ def test_the_container_knows_whether_its_script_is_healthy(tmp_path: Path) -> No
     with widget_maker(tmp_path) as (url, _):
         assert health(int(url.rpartition(":")[2])) == 0
     assert health(free_port()) == 1
+
+
+def test_the_images_are_sent_what_they_copy_and_nothing_else() -> None:
+    sent = re.findall(r"^!(.*)$", (HERE / ".dockerignore").read_text(), re.M)
+    (of_sqs,) = re.findall(r"^COPY (.*) \./$", SERVICES["sqs"]["build"]["dockerfile_inline"], re.M)
+    assert set(sent) == {*instructions()["COPY"], *of_sqs.split()}
+
+
+def test_compose_brings_a_request_from_sqs_to_the_maker(tmp_path: Path) -> None:
+    """Without containers: the settings of its services, at ports of this machine."""
+    port = free_port()
+    with processes.sqs(tmp_path / "log") as queue_url:
+        moved = {"http://127.0.0.1:9324": queue_url, "http://maker:8000": f"http://localhost:{port}"}
+
+        def settings_of(service: str) -> dict[str, str]:
+            found = {"XDG_STATE_HOME": str(tmp_path / service), **SERVICES[service]["environment"]}
+            return {name: re.sub("|".join(moved), lambda old: moved[old[0]], value) for name, value in found.items()}
+
+        with (
+            script("widget_maker.py", "--port", port, cwd=tmp_path, env=settings_of("maker")),
+            script("widget_consumer.py", cwd=tmp_path, env=settings_of("consumer")) as consumer,
+        ):
+            wait_until(lambda: "consuming" in consumer.err)
+            run_script("widget_producer.py", cwd=tmp_path, env=settings_of("consumer")).check_returncode()
+            wait_until(lambda: "outcome=created" in consumer.err)
 
 
 def test_prometheus_takes_the_alerts() -> None:

@@ -341,6 +341,26 @@ def test_inspect_names_what_would_surprise(queues, queue, responses, sdk):
     assert "3,600 s" in loses
 
 
+@pytest.mark.parametrize(
+    ("is_posted_to", "operation", "is_named"),
+    [
+        (True, "SendMessageBatch", True),
+        (False, "DeleteMessageBatch", True),
+        (False, "ChangeMessageVisibilityBatch", True),
+        (True, "DeleteMessageBatch", False),
+        (False, "SendMessageBatch", False),
+    ],
+)
+def test_inspect_names_what_a_policy_forbids_to_who_needs_it(queues, queue, proxy, is_posted_to, operation, is_named):
+    assert queues.inspect(queue, is_posted_to=is_posted_to) == []
+    proxy.answers[operation] = [refusal("AccessDeniedException", 403)]
+
+    found = queues.inspect(queue, is_posted_to=is_posted_to)
+
+    assert ["said AWS" in sentence for sentence in found] == [True] * is_named
+    proxy.answers.clear()
+
+
 # Posting
 
 

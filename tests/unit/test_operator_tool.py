@@ -345,7 +345,7 @@ def test_check_says_that_all_is_well(queues: Queues) -> None:
 
 def test_check_says_what_the_service_cannot_do_and_what_would_surprise(queues: Queues, use: Use) -> None:
     class Surprising(SqliteQueues):
-        def inspect(self, queue: str) -> list[str]:
+        def inspect(self, queue: str, *, is_posted_to: bool = False) -> list[str]:
             return [f"{queue} has a receive limit"]
 
     use(
@@ -368,7 +368,7 @@ def test_check_says_what_the_service_cannot_do_and_what_would_surprise(queues: Q
 )
 def test_check_goes_on_after_a_failure(queues: Queues, use: Use, error: Exception, code: int) -> None:
     class Failing(SqliteQueues):
-        def inspect(self, queue: str) -> list[str]:
+        def inspect(self, queue: str, *, is_posted_to: bool = False) -> list[str]:
             raise error
 
     use(Failing)
