@@ -166,7 +166,7 @@ class Consumer:
             lost = [delivery.id for delivery in deliveries if not delivery.is_settled]
             log.warning("claim lost: other consumers get its messages", reason=str(error), messages=lost)
             self.metrics.lost.inc(len(lost))
-            claim.lost = True
+            claim.expires_at = 0
             for post in waiting:
                 post.result()
         finally:

@@ -9,10 +9,9 @@ import ipaddress
 import json
 import re
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from .errors import ConfigError, MessageRefused
 
@@ -41,17 +40,12 @@ class Claim:
     ttl: int  # seconds, as it was asked for; each renewal repeats both
     grace: int
     messages: tuple[Message, ...]
-    expires_at: float  # monotonic seconds
+    expires_at: float  # monotonic seconds; 0: it is lost
     posted: set[tuple[str, int]] = field(default_factory=set)  # message id and place of outcomes not to post again
-    lost: bool = False  # it must not be used
 
     def holds(self, seconds: float) -> bool:
         """Whether the claim surely lasts that much longer."""
-        return not self.lost and self.expires_at - time.monotonic() >= seconds
-
-    def renewed(self, asked_at: float) -> None:
-        """Note that the service has renewed it; it was asked to at that monotonic time."""
-        self.expires_at = expiry(asked_at, self.ttl)
+        return self.expires_at - time.monotonic() >= seconds
 
     def drop(self, ids: Collection[str]) -> None:
         """Let these messages leave."""
@@ -78,15 +72,14 @@ class Settlement(NamedTuple):
     fenced: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(NamedTuple):
     """Ids of the messages that were deleted, and the error of each whose posts the service will never accept.
 
     A message in neither was lost: the claim did not hold it any more, and it was not deleted.
     """
 
     deleted: frozenset[str]
-    refused: dict[str, MessageRefused] = field(default_factory=dict)
+    refused: dict[str, MessageRefused]
 
 
 class Stats(NamedTuple):
@@ -130,7 +123,7 @@ class Limits:
         return encoded.decode()
 
 
-class Queues(ABC):
+class Queues(Protocol):
     """The queues of one service; one object serves all threads of a process.
 
     Every operation raises QueueUnavailable when the service does not answer now, QueueNotFound for a missing queue,
@@ -145,19 +138,15 @@ class Queues(ABC):
     credentials: str = "none are needed"
 
     @classmethod
-    @abstractmethod
     def from_url(cls, url: str) -> Self:
         """The service that the URL names."""
 
-    @abstractmethod
     def create(self, queue: str) -> None:
         """Create the queue; an existing one stays as it is."""
 
-    @abstractmethod
     def exists(self, queue: str) -> bool:
         """Whether the queue is there."""
 
-    @abstractmethod
     def post(self, queue: str, bodies: Sequence[JSON], *, ttl: int | None = None) -> list[str]:
         """Store 1 to limits.post_limit bodies in order; return their message ids once they are durable.
 
@@ -166,7 +155,6 @@ class Queues(ABC):
         or may have been.
         """
 
-    @abstractmethod
     def claim(self, queue: str, *, ttl: int, grace: int, limit: int, wait: float = 0) -> Claim | None:
         """Claim up to `limit` free messages, oldest first; None when there is none within `wait` seconds.
 
@@ -174,11 +162,9 @@ class Queues(ABC):
         after it. limit: 1 to limits.claim_limit.
         """
 
-    @abstractmethod
     def renew(self, claim: Claim) -> None:
         """Hold the claim for its TTL from now. Raises ClaimLost when none of its messages is held any more."""
 
-    @abstractmethod
     def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
         """Post each message's outcome, then delete it: a crash in between repeats a message, never loses one.
 
@@ -186,14 +172,12 @@ class Queues(ABC):
         QueueUnavailable. What it deletes leaves the claim.
         """
 
-    @abstractmethod
     def release(self, claim: Claim, *, delay: float = 0) -> None:
         """End the claim: what it still holds is free after `delay` seconds, at most limits.release_delay.
 
         To release a claim twice, or one that expired, is no error.
         """
 
-    @abstractmethod
     def browse(self, queue: str, *, after: str = "", limit: int = 20, wait: float = 0) -> tuple[list[Message], str]:
         """Messages behind the marker `after`, claimed and delayed ones too, and the next marker.
 
@@ -201,28 +185,26 @@ class Queues(ABC):
         `wait` seconds. Raises ConfigError unless limits.can_browse.
         """
 
-    @abstractmethod
     def delete(self, queue: str, ids: Sequence[str]) -> None:
         """Delete messages that no claim holds; others stay. Raises ConfigError unless limits.can_browse."""
 
-    @abstractmethod
     def purge(self, queue: str) -> None:
         """Delete all messages, claimed ones too."""
 
-    @abstractmethod
     def stats(self, queue: str) -> Stats:
         """Count the messages that can still be delivered. A failure raises; it never looks like an empty queue."""
 
-    @abstractmethod
     def stop_waiting(self) -> None:
         """End every wait, now and from now on; from any thread."""
 
-    @abstractmethod
     def close(self) -> None:
         """Free connections and files; no other call may follow."""
 
-    def inspect(self, queue: str) -> list[str]:
-        """What of the queue or the service would surprise its users, such as a receive limit of its own; in words."""
+    def inspect(self, queue: str, *, is_posted_to: bool = False) -> list[str]:
+        """What of the queue or the service would surprise its users, such as a receive limit of its own; in words.
+
+        is_posted_to: outcomes are posted to it; else messages are claimed from it.
+        """
         return []
 
     def __enter__(self) -> Self:
@@ -235,6 +217,9 @@ class Queues(ABC):
 def expiry(asked_at: float, ttl: int) -> float:
     """When a claim or renewal that was asked for at that monotonic time can no longer be trusted."""
     return asked_at + ttl - CLAIM_MARGIN_S
+
+
+_DECODER = json.JSONDecoder(parse_constant=int)  # which takes none of its constants: NaN, Infinity and -Infinity
 
 
 def decode(text: str) -> JSON:
@@ -250,13 +235,6 @@ def check_queue(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
         raise ConfigError(f"queue {name!r}: use 1 to 64 letters, digits, '_' or '-'")
     return name
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(constant)
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse)  # to make one at each call takes three times as long as to decode
 
 
 def is_loopback(host: str | None) -> bool:

@@ -41,17 +41,18 @@ CREATE INDEX by_hold ON messages (queue, held_until, id);
 CREATE INDEX by_expiry ON messages (expires) WHERE expires IS NOT NULL;
 """
 ALIVE = "(expires IS NULL OR expires > :now)"
-FREE = f"SELECT id FROM messages WHERE queue = :queue AND held_until = 0 AND {ALIVE} ORDER BY id LIMIT :limit"
+HELD = "held_until BETWEEN :now + 1 AND :now + 43200000"
+FREE = "SELECT id FROM messages WHERE queue = :queue AND held_until = 0 ORDER BY id LIMIT :limit"
 LAPSED = """SELECT id FROM messages WHERE queue = :queue AND held_until BETWEEN 1 AND :now
 UNION ALL SELECT id FROM messages WHERE queue = :queue AND held_until > :now + 43200000"""
-HELD = "held_until BETWEEN :now + 1 AND :now + 43200000"
 AMONG = "id IN (SELECT value FROM json_each(:ids))"
 OURS = f"{AMONG} AND claim = :claim AND held_until > :now"
 HOLD = "held_until = :until, expires = CASE WHEN expires < :until THEN :until + :grace ELSE expires END"
+COLUMNS = "id, body, max(0, :now - posted) / 1000.0"
+INSERT = "INSERT INTO messages (queue, body, posted, expires) VALUES (?2, CAST(?3 AS BLOB), ?1, ?1 + 1000 * ?4)"
 LOOK = f"SELECT EXISTS ({FREE}), EXISTS ({LAPSED}), EXISTS (SELECT 1 FROM messages WHERE expires <= :now)"
-FREE_LAPSED = f"UPDATE messages SET held_until = 0, claim = NULL WHERE id IN ({LAPSED})"
 EXPIRE = "DELETE FROM messages WHERE expires <= :now RETURNING queue"
-COLUMNS = "id, body, max(0, :now - posted)"
+FREE_LAPSED = f"UPDATE messages SET held_until = 0, claim = NULL WHERE id IN ({LAPSED})"
 CLAIM = f"UPDATE messages SET claim = :claim, {HOLD} WHERE id IN ({FREE}) RETURNING {COLUMNS}"
 KEEP = f"UPDATE messages SET claim = :for, {HOLD} WHERE {OURS} RETURNING id"
 SETTLE = f"DELETE FROM messages WHERE {OURS} RETURNING id"
@@ -81,27 +82,22 @@ class Store:
     def __init__(self, path: Path, application_id: int, schema: str) -> None:
         self.path = path.absolute()
         self._lock = threading.Lock()
-        with self._errors():
+        with self._alone():
             has_log = self._prepare()
             self._connection = apsw.Connection(str(self.path), flags=apsw.SQLITE_OPEN_READWRITE)
-            try:
-                self._set_up(application_id, schema)
-            except BaseException:
-                # The last to close a file writes its log into it, unless told not to.
-                self._connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, has_log)
-                self._connection.close()
-                raise
+        try:
+            self._set_up(application_id, schema)
+        except BaseException:
+            # The last to close a file writes its log into it, unless told not to.
+            self._connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, has_log)
+            self._connection.close()
+            raise
 
     @contextmanager
     def reading(self) -> Iterator[apsw.Connection]:
         """The file, for this thread alone."""
-        if not self._lock.acquire(timeout=BUSY_TIMEOUT_MS / 1000):
-            raise QueueUnavailable(f"{self.path}: locked: other threads wait for it")
-        try:
-            with self._errors():
-                yield self._connection
-        finally:
-            self._lock.release()
+        with self._alone():
+            yield self._connection
 
     @contextmanager
     def writing(self, *, synced: bool = True) -> Iterator[apsw.Connection]:
@@ -138,7 +134,7 @@ class Store:
             self._connection.close()
 
     def _prepare(self) -> bool:
-        """Make a missing file, refuse what SQLite would overwrite. Returns whether the file has a log."""
+        """Make a missing file, refuse what SQLite would overwrite or wait for. Returns whether the file has a log."""
         log, journal = (Path(f"{self.path.resolve()}{end}") for end in ("-wal", "-journal"))
         has_log = log.exists()
         if (has_log or journal.exists()) and not self.path.exists():
@@ -146,16 +142,14 @@ class Store:
         with suppress(FileExistsError):  # to open and close a file that is open already would drop its locks
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         found = self.path.stat()
-        if not self.path.is_file():
-            raise StoreError(f"{self.path}: is not a regular file: name another one")
-        if found.st_size == 0 if has_log else found.st_size % 4096:
-            raise StoreError(f"{self.path}: is damaged, or no SQLite file: restore a copy, or move it away")
+        if not self.path.is_file() or (found.st_size == 0 if has_log else found.st_size % 4096):
+            raise StoreError(f"{self.path}: is damaged, or no SQLite file: restore a copy, or name another file")
         self._identity = found.st_dev, found.st_ino
         return has_log
 
     def _set_up(self, application_id: int, schema: str) -> None:
         self._connection.set_busy_timeout(BUSY_TIMEOUT_MS)
-        self._connection.set_wal_hook(self._start_log_again)
+        self._connection.set_wal_hook(_start_log_again)
         self._connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)  # else STAT4 plans each claim again
         with self.writing() as file:
             found, version = file.pragma("application_id"), file.pragma("user_version")
@@ -175,18 +169,11 @@ class Store:
                 time.sleep(0.01)
             raise apsw.BusyError
 
-    @staticmethod
-    def _start_log_again(file: apsw.Connection, name: str, pages: int) -> int:
-        """After a commit. SQLite's own checkpoints wait for nobody, so the log grows while there is always a writer."""
-        if pages >= LONG_LOG_PAGES:
-            file.set_busy_timeout(20)
-            with suppress(apsw.Error):  # the commit is done; the next one tries again
-                file.wal_checkpoint(name, apsw.SQLITE_CHECKPOINT_RESTART)
-            file.set_busy_timeout(BUSY_TIMEOUT_MS)
-        return apsw.SQLITE_OK
-
     @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _alone(self) -> Iterator[None]:
+        """While no other thread uses the file; errors of SQLite and of the system become ours."""
+        if not self._lock.acquire(timeout=BUSY_TIMEOUT_MS / 1000):
+            raise QueueUnavailable(f"{self.path}: locked: other threads wait for it")
         try:
             yield
         except (apsw.BusyError, apsw.LockedError) as error:
@@ -196,6 +183,18 @@ class Store:
         except (apsw.Error, UnicodeError) as error:
             hint = "it was left as it is: make room, check its permissions, restore a copy or name another file"
             raise StoreError(f"{self.path}: {error}: {hint}") from error
+        finally:
+            self._lock.release()
+
+
+def _start_log_again(file: apsw.Connection, name: str, pages: int) -> int:
+    """After a commit. SQLite's own checkpoints wait for nobody, so the log grows while there is always a writer."""
+    if pages >= LONG_LOG_PAGES:
+        file.set_busy_timeout(20)
+        with suppress(apsw.Error):  # the commit is done; the next one tries again
+            file.wal_checkpoint(name, apsw.SQLITE_CHECKPOINT_RESTART)
+        file.set_busy_timeout(BUSY_TIMEOUT_MS)
+    return apsw.SQLITE_OK
 
 
 class SqliteQueues(Queues):
@@ -211,11 +210,11 @@ class SqliteQueues(Queues):
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
         self._path = path.absolute()
         self.address = f"sqlite:///{self._path}"
-        self._clock = clock
+        self._now: Callable[[], int] = lambda: int(clock() * 1000)
         self._stopping = threading.Event()
         self._opening = threading.Lock()
         self._store: Store | None = None
-        self._prefix = ""
+        self._prefix = ""  # of the file's message ids
 
     @classmethod
     def from_url(cls, url: str) -> Self:
@@ -226,25 +225,39 @@ class SqliteQueues(Queues):
         return cls(Path(unquote(path)))
 
     def create(self, queue: str) -> None:
-        check_queue(queue)
-        self._file().check()
+        self._file(queue).check()
 
     def exists(self, queue: str) -> bool:
-        return bool(check_queue(queue) and self._found())
+        return self._found(queue) is not None
 
     def post(self, queue: str, bodies: Sequence[JSON], *, ttl: int | None = None) -> list[str]:
-        rows = [(check_queue(queue), self.limits.encode(body), ttl) for body in bodies]
-        with self._file().writing() as file:
-            self._insert(file, self._now(), rows)
+        rows = [(queue, self.limits.encode(body), ttl) for body in bodies]
+        with self._file(queue).writing() as file:
+            now = self._now()
+            file.executemany(INSERT, [(now, *row) for row in rows])
             last = file.last_insert_rowid()
-        return [f"{self._prefix}-{number}" for number in range(last - len(rows) + 1, last + 1)]
+        return [f"{self._prefix}{number}" for number in range(last - len(rows) + 1, last + 1)]
 
     def claim(self, queue: str, *, ttl: int, grace: int, limit: int, wait: float = 0) -> Claim | None:
-        check_queue(queue)
         for _ in self._looks(wait):
-            asked_at = time.monotonic()
-            claim_id = os.urandom(12).hex()
-            if messages := self._claim(queue, claim_id, ttl, grace, limit):
+            store = self._file(queue)
+            store.check()
+            asked_at, now, claim_id = time.monotonic(), self._now(), os.urandom(12).hex()
+            values = {"queue": queue, "now": now, "limit": limit, "claim": claim_id}
+            with store.reading() as file:  # an idle consumer takes no write lock
+                has_free, has_lapsed, has_expired = file.execute(LOOK, values).get
+            if not (has_free or has_lapsed or has_expired):
+                continue
+            with store.writing(synced=False) as file:
+                expired = file.execute(EXPIRE, values).fetchall() if has_expired else []
+                if has_lapsed:
+                    file.execute(FREE_LAPSED, values)
+                values |= {"until": now + ttl * 1000, "grace": grace * 1000}
+                rows = file.execute(CLAIM, values).fetchall()
+            for (name,), number in Counter(expired).items():
+                log.warning("messages expired unclaimed", queue=name, number=number)
+            if rows:
+                messages = tuple(self._messages(sorted(rows)))
                 return Claim(claim_id, queue, ttl, grace, messages, expiry(asked_at, ttl))
         return None
 
@@ -254,7 +267,7 @@ class SqliteQueues(Queues):
         claim.drop({message.id for message in claim.messages} - held)
         if not held:
             raise ClaimLost(f"claim {claim.id} on {claim.queue} expired or was released")
-        claim.renewed(asked_at)
+        claim.expires_at = expiry(asked_at, claim.ttl)
 
     def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
         """In one transaction: each outcome is stored exactly once."""
@@ -264,11 +277,11 @@ class SqliteQueues(Queues):
                 rows[message.id] = [(check_queue(queue), self.limits.encode(body), ttl) for queue, body, ttl in posts]
             except MessageRefused as error:
                 refused[message.id] = error
-        with self._file().writing() as file:
+        with self._file(claim.queue).writing() as file:
             now = self._now()
-            ids = json.dumps([int(message.handle) for message, *_ in settlements if message.id in rows])
-            deleted = self._ids(file.execute(SETTLE, {"ids": ids, "claim": claim.id, "now": now}))
-            self._insert(file, now, [row for id_ in rows if id_ in deleted for row in rows[id_]])
+            values = {"ids": self._numbers(rows), "claim": claim.id, "now": now}
+            deleted = self._ids(file.execute(SETTLE, values))
+            file.executemany(INSERT, [(now, *row) for id_ in rows if id_ in deleted for row in rows[id_]])
         claim.drop(deleted)
         return Settled(deleted, refused)
 
@@ -276,35 +289,28 @@ class SqliteQueues(Queues):
         self._hold(claim, delay, None)
 
     def browse(self, queue: str, *, after: str = "", limit: int = 20, wait: float = 0) -> tuple[list[Message], str]:
-        check_queue(queue)
+        values = {"queue": queue, "after": int(after or 0), "limit": limit}
         for _ in self._looks(wait):
-            if store := self._found():
+            if store := self._found(queue):
                 with store.reading() as file:
-                    values = {"queue": queue, "after": int(after or 0), "now": self._now(), "limit": limit}
-                    rows = file.execute(BROWSE, values).fetchall()
+                    rows = file.execute(BROWSE, values | {"now": self._now()}).fetchall()
                 if rows:
                     return self._messages(rows), str(rows[-1][0])
         return [], after
 
     def delete(self, queue: str, ids: Sequence[str]) -> None:
-        check_queue(queue)
-        with self._file().writing() as file:
-            parts = (id_.rpartition("-") for id_ in ids)
-            numbers = [int(n) for prefix, _, n in parts if prefix == self._prefix and re.fullmatch("[0-9]{1,18}", n)]
-            values = {"queue": queue, "ids": json.dumps(numbers), "now": self._now()}
-            file.execute(DELETE, values)
+        with self._file(queue).writing() as file:
+            file.execute(DELETE, {"queue": queue, "ids": self._numbers(ids), "now": self._now()})
 
     def purge(self, queue: str) -> None:
-        with self._file().writing() as file:
-            file.execute("DELETE FROM messages WHERE queue = ?", (check_queue(queue),))
+        with self._file(queue).writing() as file:
+            file.execute("DELETE FROM messages WHERE queue = ?", (queue,))
 
     def stats(self, queue: str) -> Stats:
-        check_queue(queue)
-        if (store := self._found()) is None:
+        if not (store := self._found(queue)):
             return Stats(0, 0, 0)
         with store.reading() as file:
-            ((free, claimed, delayed, oldest_age),) = file.execute(COUNT, {"queue": queue, "now": self._now()})
-        return Stats(free, claimed, delayed, oldest_age)
+            return Stats(*file.execute(COUNT, {"queue": queue, "now": self._now()}).get)
 
     def stop_waiting(self) -> None:
         self._stopping.set()
@@ -314,77 +320,54 @@ class SqliteQueues(Queues):
         if self._store:
             self._store.close()
 
-    def _claim(self, queue: str, claim_id: str, ttl: int, grace: int, limit: int) -> tuple[Message, ...]:
-        store = self._file()
-        store.check()
-        values: dict[str, Any] = {"queue": queue, "now": self._now(), "claim": claim_id, "limit": limit}
-        with store.reading() as file:  # an idle consumer takes no write lock
-            ((free, lapsed, expired),) = file.execute(LOOK, values)
-        if not (free or lapsed or expired):
-            return ()
-        with store.writing(synced=False) as file:
-            values["now"] = now = self._now()
-            if lapsed:
-                file.execute(FREE_LAPSED, values)  # to 0, so that the index gives the oldest first
-            gone = Counter(name for (name,) in file.execute(EXPIRE, values)) if expired else {}
-            rows = file.execute(CLAIM, values | {"until": now + ttl * 1000, "grace": grace * 1000}).fetchall()
-        for name, number in gone.items():
-            log.warning("messages expired unclaimed", queue=name, number=number)
-        return tuple(self._messages(sorted(rows)))
-
     def _hold(self, claim: Claim, seconds: float, claim_id: str | None) -> frozenset[str]:
         """Keep what the claim holds from others for so long, for that claim or none; returns the ids."""
-        with self._file().writing(synced=False) as file:
-            now, ids = self._now(), json.dumps([int(message.handle) for message in claim.messages])
+        with self._file(claim.queue).writing(synced=False) as file:
+            now, ids = self._now(), self._numbers(message.id for message in claim.messages)
             until = now + round(seconds * 1000) if seconds else 0
             values = {"ids": ids, "claim": claim.id, "now": now, "until": until, "grace": claim.grace * 1000}
             return self._ids(file.execute(KEEP, values | {"for": claim_id}))
 
     def _looks(self, wait: float) -> Iterator[None]:
         """Once, then each time that there may be something new, until the time is over or waiting is stopped."""
-        asked_at = time.monotonic()
-        deadline = asked_at + wait
+        started = again_at = now = time.monotonic()
+        seen = None
         while True:
-            seen = self._store.version() if self._store and wait else None
-            yield
-            if (started := time.monotonic()) >= deadline or self._stopping.is_set():
+            version = self._store.version() if self._store and wait else None
+            if version != seen or now >= again_at:
+                seen, again_at = version, now + LOOK_AGAIN_S
+                yield
+            now = time.monotonic()
+            pause = min(LOOK_EVERY_S, max(0.001, (now - started) / 10), started + wait - now)
+            if pause <= 0 or self._stopping.wait(pause):
                 return
-            again_at = min(deadline, started + LOOK_AGAIN_S)
-            while (self._store and self._store.version()) == seen and (left := again_at - time.monotonic()) > 0:
-                pause = min(LOOK_EVERY_S, max(0.001, (time.monotonic() - asked_at) / 10))
-                if self._stopping.wait(min(pause, left)):
-                    return
 
-    def _file(self) -> Store:
+    def _file(self, queue: str) -> Store:
+        """The file, made if it is missing: every queue is in it."""
+        check_queue(queue)
         with self._opening:
             if self._store is None:
                 store = Store(self._path, APPLICATION_ID, SCHEMA)
                 with store.reading() as file:
-                    self._prefix = str(file.execute("SELECT prefix FROM file").get)
+                    self._prefix = f"{file.execute('SELECT prefix FROM file').get}-"
                 self._store = store
             return self._store
 
-    def _found(self) -> Store | None:
+    def _found(self, queue: str) -> Store | None:
         """The file, unless it is missing yet: to look makes none."""
+        check_queue(queue)
         if self._store is None and not self._path.exists():
             return None
-        store = self._file()
+        store = self._file(queue)
         store.check()
         return store
 
-    def _messages(self, rows: Sequence[tuple[Any, ...]]) -> list[Message]:
-        return [
-            Message(f"{self._prefix}-{number}", decode(str(body, errors="replace")), age_ms / 1000, None, str(number))
-            for number, body, age_ms in rows
-        ]
+    def _messages(self, rows: Iterable[tuple[Any, ...]]) -> list[Message]:
+        return [Message(f"{self._prefix}{n}", decode(str(body, errors="replace")), age) for n, body, age in rows]
 
     def _ids(self, rows: Iterable[tuple[Any, ...]]) -> frozenset[str]:
-        return frozenset(f"{self._prefix}-{number}" for (number,) in rows)
+        return frozenset(f"{self._prefix}{number}" for (number,) in rows)
 
-    def _now(self) -> int:
-        return int(self._clock() * 1000)
-
-    @staticmethod
-    def _insert(file: apsw.Connection, now: int, rows: Sequence[tuple[str, str, int | None]]) -> None:
-        values = [(queue, text.encode(), now, ttl and now + ttl * 1000) for queue, text, ttl in rows]
-        file.executemany("INSERT INTO messages (queue, body, posted, expires) VALUES (?, ?, ?, ?)", values)
+    def _numbers(self, ids: Iterable[str]) -> str:
+        """What the file knows messages by, as a JSON array; ids of other files are left out."""
+        return json.dumps([id_.removeprefix(self._prefix) for id_ in ids if id_.startswith(self._prefix)])

@@ -128,16 +128,16 @@ class SqsQueues(RemoteQueues):
         claim.drop([id_ for id_, error in failed.items() if isinstance(error, MessageRefused)])
         raise_obstacle(failed.values())
         if not renewed:
-            claim.lost = True
+            claim.expires_at = 0
             raise errors.ClaimLost(f"claim {claim.id} on {claim.queue} expired, or SQS renews none of its messages")
-        claim.renewed(asked_at)
+        claim.expires_at = expiry(asked_at, claim.ttl)
 
     def release(self, claim: Claim, *, delay: float = 0) -> None:
         """What SQS refuses to release, beyond 12 hours after its receive for example, is free when the claim ends."""
         released, failed = self._hide(claim, min(math.ceil(delay), LONGEST_HOLD_S))
         claim.drop(released)  # they may be another's when this is tried again
         raise_obstacle(failed.values())
-        claim.lost = True
+        claim.expires_at = 0
 
     def browse(self, queue: str, *, after: str = "", limit: int = 20, wait: float = 0) -> tuple[list[Message], str]:
         raise ConfigError("Amazon SQS cannot show messages without claiming them")

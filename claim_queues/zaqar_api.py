@@ -113,7 +113,7 @@ class ZaqarApi(RemoteQueues):
         terms = json.dumps({"ttl": claim.ttl, "grace": claim.grace})  # one left out becomes the server's default
         request = f"PATCH /queues/{claim.queue}/claims/{claim.id}"
         self._ask(f"renew claim {claim.id} on", claim.queue, request, bool, {404: errors.ClaimLost}, data=terms)
-        claim.renewed(asked_at)
+        claim.expires_at = expiry(asked_at, claim.ttl)
 
     def release(self, claim: Claim, *, delay: float = 0) -> None:
         request = f"DELETE /queues/{claim.queue}/claims/{claim.id}"

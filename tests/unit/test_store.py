@@ -160,7 +160,7 @@ def test_what_is_not_a_regular_file_is_refused_without_waiting_for_it(path, tmp_
     os.mkfifo(path)
 
     for other in (path, tmp_path):
-        with pytest.raises(StoreError, match="not a regular file"):
+        with pytest.raises(StoreError, match="no SQLite file"):
             opened(other)
 
 
