@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 import structlog
-from flask import Flask, render_template, request
+from flask import render_template, request
 from prometheus_client import CollectorRegistry, Counter, disable_created_metrics
 from standardwebhooks import WebhookVerificationError
 from werkzeug.exceptions import HTTPException
@@ -29,9 +29,9 @@ from claim_queues import ConfigError, QueuesError
 from claim_queues.cli import Command, configure_logging, logging_options, one_line, run_until_signal, state_path
 from widgets.pages import Refused, create_app, serving
 from widgets.signing import Signer, load_signer, signing_options
-from widgets.store import NEWEST, Widget, Widgets
+from widgets.store import Widget, Widgets
 
-MOST_BODY_BYTES, MOST_BATCH_BYTES = 65_536, 20 * 65_536
+MOST_BODY_BYTES, MOST_BATCH_BYTES, PAGE = 65_536, 20 * 65_536, 20
 HOST = re.compile(r"\[[0-9a-f:.]+\]|[a-z0-9._-]+")
 ERROR_HEADERS = {401: {"WWW-Authenticate": "StandardWebhooks"}, 503: {"Retry-After": "1"}}
 
@@ -55,16 +55,31 @@ class Faults:
 
 
 class Maker:
-    """What each address answers. signer: what it has not signed is refused; None: nothing is."""
+    """What each address answers. app: all of them, as a WSGI application.
 
-    def __init__(self, widgets: Widgets, faults: Faults, signer: Signer | None) -> None:
+    hosts: its names, in lower case, without port. signer: what it has not signed is refused; None: nothing is.
+    """
+
+    def __init__(self, widgets: Widgets, faults: Faults, hosts: Collection[str], signer: Signer | None) -> None:
         self._widgets, self._faults, self._signer = widgets, faults, signer
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self.registry = CollectorRegistry()
-        counter = partial(Counter, namespace="widget_maker", registry=self.registry)
+        self._registry = CollectorRegistry()
+        counter = partial(Counter, namespace="widget_maker", registry=self._registry)
         self._posts = counter("posts", "Requests", ["outcome"])
         self._refusals = counter("rejections", "Rejected requests", ["code"])
         self._played = counter("faults", "Faults played", ["fault"])
+        self.app = app = create_app(hosts, self._registry, {"Widget-Maker": "1"})  # a consumer believes its rejections
+        app.jinja_env.globals["chooser"] = lambda widget_id: random.Random(widget_id).choice  # noqa: S311
+        app.register_error_handler(HTTPException, self.answer_error)
+        app.register_error_handler(QueuesError, self.answer_error)
+        app.post("/widgets")(self.create_one)
+        app.post("/widgets/batch")(self.create_batch)
+        app.get("/widgets")(self.listing)
+        app.get("/widgets/<widget_id>")(self.one)
+        app.get("/")(self.page)
+        app.get("/search")(self.search)
+        app.get("/healthz")(self.health)
+        app.get("/openapi.json", endpoint="description")(partial(app.send_static_file, "openapi.json"))
 
     def create_one(self) -> Any:
         return self._create([self._read(MOST_BODY_BYTES)])[0]
@@ -81,22 +96,19 @@ class Maker:
         return {"answers": [{"message_id": id_, "status": status, "body": body} for id_, (body, status) in answers]}
 
     def listing(self) -> Any:
-        found, following = self._widgets.page(*parse_page())
-        return {"widgets": found, "next": following and str(following)}
+        page = self._page()
+        following = page["after"] - page["limit"]
+        return {"widgets": page["widgets"], "next": str(following) if following > 1 else None}
 
     def page(self) -> str:
-        after, limit = parse_page()
-        found, following = self._widgets.page(after, limit)
-        count = self._widgets.count()
-        more: dict[str, Any] = {"widgets": found, "following": following, "after": after, "limit": limit}
-        if is_first := after > count:
-            more |= {"rates": self._widgets.rates(), "faults": self._faults, "metrics": list(self.registry.collect())}
-        return render_template("widgets.html", is_first=is_first, count=count, **more)
+        around = {"rates": self._widgets.rates(), "faults": self._faults, "metrics": self._registry.collect()}
+        return render_template("widgets.html", **self._page(), **around)
 
     def search(self) -> str:
         prefix = request.args.get("id", "").strip().lower()
-        found, following = self._widgets.search(prefix, request.args.get("after", ""))
-        return render_template("search.html", searched=one_line(prefix, 80), widgets=found, following=following)
+        found = self._widgets.search(prefix, request.args.get("after", ""), PAGE + 1)
+        shown = {"searched": one_line(prefix, 80), "widgets": found[:PAGE], "is_more": len(found) > PAGE}
+        return render_template("search.html", **shown)
 
     def one(self, widget_id: str) -> Any:
         widget = self._widgets.find(widget_id.lower())
@@ -113,9 +125,18 @@ class Maker:
         if isinstance(error, QueuesError):
             log.error("the widgets cannot be used now", reason=str(error))
             error = Refused(503, "store_unavailable", "the widgets cannot be used now: try again later")
-        body, status = self._refuse(error)
-        page = render_template("error.html", name=error.name, message=error.description) if wants_page() else body
+        answer, status = self._refuse(error)
+        page = render_template("error.html", name=error.name, message=error.description) if wants_page() else answer
         return page, status, ERROR_HEADERS.get(status, {})
+
+    def _page(self) -> dict[str, Any]:
+        """Up to `limit` widgets below the number `after`, as the current request asks for; and how many there are."""
+        count = self._widgets.count()
+        after, limit = request.args.get("after") or str(count + 1), request.args.get("limit", str(PAGE))
+        if not re.fullmatch("[0-9]{1,19}", after) or not re.fullmatch("[1-9][0-9]?|100", limit):
+            raise Refused(400, "bad_parameter", "after must be what another page gave as next, limit 1 to 100")
+        before, most = min(int(after), count + 1), int(limit)
+        return {"widgets": self._widgets.page(before, most), "after": before, "limit": most, "count": count}
 
     def _play_outage(self) -> None:
         if self._faults.is_outage():
@@ -128,7 +149,7 @@ class Maker:
         if request.mimetype != "application/json":  # which no other web site can send through a browser
             raise Refused(415, "unsupported_media_type", "send application/json")
         request.max_content_length = most_bytes
-        body = request.get_data(cache=False)
+        body = request.get_data()
         try:
             if self._signer:
                 self._signer.check(dict(request.headers), body)
@@ -150,8 +171,7 @@ class Maker:
             if each in struck and random.random() < self._faults.fail_rate:  # noqa: S311
                 self._played.labels("failure").inc()
                 found[number] = Refused(500, "failure", "a failure, as --fail-rate asks")
-        accepted = [each for each in found if isinstance(each, str)]
-        created = iter(self._widgets.create(accepted) if accepted else ())
+        created = iter(self._widgets.create([each for each in found if isinstance(each, str)]))
         return [self._refuse(each) if isinstance(each, Refused) else self._show(*next(created)) for each in found]
 
     def _refuse(self, error: HTTPException) -> tuple[dict[str, Any], int]:
@@ -177,35 +197,9 @@ def parse_request(content: Any) -> str | Refused:
     return Refused(422, "bad_widget_id", f"widget_id {one_line(repr(value), 80)} is not a UUID of version 1")
 
 
-def parse_page() -> tuple[int, int]:
-    """The marker and the number of widgets that the current request asks for; raises Refused."""
-    after, limit = request.args.get("after") or str(NEWEST), request.args.get("limit", "20")
-    if not re.fullmatch("[0-9]{1,19}", after) or int(after) > NEWEST or not re.fullmatch("[1-9][0-9]?|100", limit):
-        raise Refused(400, "bad_parameter", "after must be what another page gave as next, limit 1 to 100")
-    return int(after), int(limit)
-
-
 def wants_page() -> bool:
     """Whether the client would rather have a page than JSON, as browsers say; who takes both alike gets JSON."""
     return request.accept_mimetypes.best_match(["application/json", "text/html"]) == "text/html"
-
-
-def create_maker(widgets: Widgets, faults: Faults, hosts: Collection[str] = (), signer: Signer | None = None) -> Flask:
-    """The maker as a WSGI application. hosts: its names, in lower case, without port."""
-    maker = Maker(widgets, faults, signer)
-    app = create_app(hosts, maker.registry, ("Widget-Maker", "1"))  # whose rejections a consumer believes
-    app.jinja_env.globals["chooser"] = lambda widget_id: random.Random(widget_id).choice  # noqa: S311
-    app.register_error_handler(HTTPException, maker.answer_error)
-    app.register_error_handler(QueuesError, maker.answer_error)
-    app.post("/widgets")(maker.create_one)
-    app.post("/widgets/batch")(maker.create_batch)
-    app.get("/widgets")(maker.listing)
-    app.get("/widgets/<widget_id>")(maker.one)
-    app.get("/")(maker.page)
-    app.get("/search")(maker.search)
-    app.get("/healthz")(maker.health)
-    app.add_url_rule("/openapi.json", "description", partial(app.send_static_file, "openapi.json"))
-    return app
 
 
 def parse_outage(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, float]:
@@ -242,13 +236,12 @@ def cli(host: str, port: int, database: Path | None, allowed_host: Sequence[str]
         while not stopped.wait(1):
             widgets.check()
 
-    threads = 64 if faults.latency else 8  # one is kept by each POST that waits
-    with (
-        closing(Widgets(database)) as widgets,
-        serving(create_maker(widgets, faults, hosts, signer), host, port, threads, 4 * MOST_BATCH_BYTES),
-    ):
-        log.info("making widgets", url=f"http://{name}:{port}/", database=str(database))
-        run_until_signal(watch, stopped.set)
+    with closing(Widgets(database)) as widgets:
+        maker = Maker(widgets, faults, hosts, signer)
+        threads = 64 if faults.latency else 8  # one is kept by each POST that waits
+        with serving(maker.app, host, port, threads):
+            log.info("making widgets", url=f"http://{name}:{port}/", database=str(database))
+            run_until_signal(watch, stopped.set)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import prometheus_client as prometheus
 
@@ -28,23 +28,19 @@ class Metrics:
     def __init__(self) -> None:
         prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry, counter = prometheus.CollectorRegistry(), prometheus.Counter
-        self.names: dict[str, Any] = {"namespace": "widget_consumer", "registry": self.registry}
-        self.receives = counter("receives", "Messages claimed.", **self.names)
-        self.redeliveries = counter("redeliveries", "Messages claimed that had been POSTed before.", **self.names)
-        self.outcomes = counter("outcomes", "Messages settled; `failed`: dead letters.", ["outcome"], **self.names)
-        self.returns = counter("returns", "POSTs without an outcome; `excused`: uncharged.", ["why"], **self.names)
-        self.lost = counter("claims_lost", "Messages whose claim ended before they were settled.", **self.names)
-        self.posts = prometheus.Histogram("post_duration_seconds", "Time of a POST.", **self.names)
-        self.held = self.gauge("messages", "Messages of the claims in work.", "state").labels("held")
-        for counted, labels in (
-            (self.outcomes, ("created", "rejected", "failed")),
-            (self.returns, ("failed", "excused")),
-        ):
-            for label in labels:
-                counted.labels(label)  # so that each is there before it happens
-
-    def gauge(self, name: str, text: str, *labels: str) -> prometheus.Gauge:
-        return prometheus.Gauge(name, text, labels, **self.names)
+        self.named: dict[str, Any] = {"namespace": "widget_consumer", "registry": self.registry}
+        self.receives = counter("receives", "Messages claimed.", **self.named)
+        self.redeliveries = counter("redeliveries", "Messages claimed that had been POSTed before.", **self.named)
+        self.outcomes = counter("outcomes", "Messages settled; `failed`: dead letters.", ["outcome"], **self.named)
+        self.returns = counter("returns", "POSTs without an outcome; `excused`: uncharged.", ["why"], **self.named)
+        self.lost = counter("claims_lost", "Messages whose claim ended before they were settled.", **self.named)
+        self.posts = prometheus.Histogram("post_duration_seconds", "Time of a POST.", **self.named)
+        held = prometheus.Gauge("messages", "Messages of the claims in work.", ["state"], **self.named)
+        self.held = held.labels("held")
+        for outcome in ("created", "rejected", "failed"):
+            self.outcomes.labels(outcome)  # so that each is there before it happens
+        for why in ("failed", "excused"):
+            self.returns.labels(why)
 
     def claimed(self, deliveries: Collection[Delivery]) -> None:
         self.receives.inc(len(deliveries))
@@ -64,34 +60,30 @@ class Metrics:
         return {sample.labels["outcome"]: int(sample.value) for sample in next(iter(self.outcomes.collect())).samples}
 
 
-class Look(NamedTuple):
-    """The queues, by kind, and the outcomes at one moment (monotonic). trouble: why nothing is known of the queues."""
-
-    at: float
-    totals: Mapping[str, int]
-    stats: Mapping[str, Stats]
-    trouble: str
-
-
 class Watch:
-    """Looks at a consumer's queues in a thread of its own, so that nobody waits for them, until `ended` is set."""
+    """Looks at a consumer's queues in a thread of its own, so that nobody waits for them, until `ended` is set.
+
+    looks: the last ones: when it was (monotonic), the outcomes so far, and the queues by kind, none while there is a
+    `trouble` with them.
+    """
 
     def __init__(self, consumer: "Consumer", maker: Maker, given: dict[str, Any]) -> None:
         self.consumer, self.maker, self.given, self.ended = consumer, maker, given, threading.Event()
-        self.last = Look(time.monotonic(), consumer.metrics.totals(), {}, "not asked yet")
-        self._looks = deque([self.last], 4)
-        gauge = consumer.metrics.gauge
+        self.looks = deque[tuple[float, dict[str, int], dict[str, Stats]]](maxlen=4)
+        self.looks.append((time.monotonic(), consumer.metrics.totals(), {}))
+        self.trouble = "not asked yet"
+        gauge: Any = partial(prometheus.Gauge, **consumer.metrics.named)
         gauge("slots_busy", "POSTs in flight.").set_function(lambda: consumer.slots.running)
         gauge("maker_well", "0 while the maker's health page is not well.").set_function(lambda: not maker.health)
-        states = gauge("breaker_state", "1 for the breaker's state: closed, or what opened it.", "state")
+        states = gauge("breaker_state", "1 for the breaker's state: closed, or what opened it.", ["state"])
         for state in (None, *Failure):
             is_so = partial(lambda state: consumer.breaker.failure is state, state)
             states.labels(state.value if state else "closed").set_function(is_so)
-        failing = gauge("service_failing", "1 for what the queue service fails at.", "operation")
+        failing = gauge("service_failing", "1 for what the queue service fails at.", ["operation"])
         for operation in ("claim", "renew", "settle", "release"):
             failing.labels(operation).set_function(partial(consumer.trouble.reasons.__contains__, operation))
-        self._depth = gauge("queue_messages", "Messages in a queue.", "queue", "state")
-        self._age = gauge("queue_oldest_age_seconds", "Age of a queue's oldest message.", "queue")
+        self._depth = gauge("queue_messages", "Messages in a queue.", ["queue", "state"])
+        self._age = gauge("queue_oldest_age_seconds", "Age of a queue's oldest message.", ["queue"])
 
     def run(self) -> None:
         queues = None
@@ -102,8 +94,8 @@ class Watch:
                 stats = {kind: queues.stats(self.given[f"{kind}_queue"]) for kind in ("dead_letter", "request")}
             except Exception as error:  # whatever it is, the consumer works on
                 trouble = str(error) or type(error).__name__
-            self.last = Look(time.monotonic(), self.consumer.metrics.totals(), stats, trouble)
-            self._looks.append(self.last)
+            self.looks.append((time.monotonic(), self.consumer.metrics.totals(), stats))
+            self.trouble = trouble
             self._depth.clear()
             self._age.clear()
             for kind, found in stats.items():
@@ -118,21 +110,22 @@ class Watch:
     def troubles(self) -> dict[str, str]:
         """What keeps the consumer from its work, and why; it may take five seconds to ask the maker."""
         is_well = self.maker.is_well(time.monotonic() - 5)
-        found = {"queue": self.last.trouble, "maker": "" if is_well else f"{self.maker.url}: {self.maker.health}"}
+        found = {"queue": self.trouble, "maker": "" if is_well else f"{self.maker.url}: {self.maker.health}"}
         found |= {"breaker": self.consumer.breaker.reason, **self.consumer.trouble.reasons}
         return {what: why for what, why in found.items() if why}
 
     def line(self) -> str:
         """An open breaker, the rate, POSTs in flight, and the queue and the outcomes of one moment."""
-        before, last, failure = self._looks[0], self.last, self.consumer.breaker.failure
-        done = sum(last.totals.values()) - sum(before.totals.values())
-        rate = done / (last.at - before.at) if done else 0.0
-        depth = last.stats["request"].total if last.stats else None
+        (began_at, before, _), (at, totals, stats) = self.looks[0], self.looks[-1]
+        done = sum(totals.values()) - sum(before.values())
+        rate = done / (at - began_at) if done else 0.0
+        depth = stats["request"].total if stats else None
         left = f" {timedelta(seconds=round(depth / rate))} left" if depth and rate >= 1 else ""
+        failure = self.consumer.breaker.failure
         words = [f"maker {failure.value}"] if failure else []
         words += [f"{rate:,.0f}/s", f"{self.consumer.slots.running} in flight"]
         words += ["? queued" if depth is None else f"{depth:,} queued{left}"]
-        return "  ".join(words + [f"{number:,} {outcome}" for outcome, number in last.totals.items() if number])
+        return "  ".join(words + [f"{number:,} {outcome}" for outcome, number in totals.items() if number])
 
 
 def serving(watch: Watch, host: str, port: int) -> AbstractContextManager[None]:
@@ -145,13 +138,13 @@ def serving(watch: Watch, host: str, port: int) -> AbstractContextManager[None]:
     app = pages.create_app(() if is_loopback(host) else None, registry)
     prometheus.ProcessCollector(registry=registry)
     views: dict[str, Any] = {
-        "/": lambda: render_template("consumer.html", watch=watch, look=watch.last, troubles=watch.troubles()),
+        "/": lambda: render_template("consumer.html", watch=watch, troubles=watch.troubles()),
         "/healthz": lambda: ({"status": "stopping"}, 503) if watch.consumer.slots.is_stopping else {"status": "ok"},
         "/readyz": lambda: ({"status": "not ready"} | found, 503) if (found := watch.troubles()) else {"status": "ok"},
     }
     for path, view in views.items():
         app.add_url_rule(path, path, view)
-    return pages.serving(app, host, port, 8, 65_536)
+    return pages.serving(app, host, port)
 
 
 @contextmanager

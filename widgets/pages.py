@@ -4,7 +4,7 @@ import logging
 import re
 import socket
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import waitress
@@ -14,8 +14,9 @@ from werkzeug.exceptions import HTTPException
 
 from claim_queues.cli import one_line
 
-ADDRESS = re.compile(r"(localhost|[0-9.]+|\[[0-9a-f:.]+\])?(:[0-9]+)?")
+ADDRESS = re.compile(r"(localhost|[0-9.]+|\[[0-9a-f:.]+\])?")
 """What a Host header says where no web site of others is meant, which a browser would call by its name."""
+MOST_BODY_BYTES = 5_242_880  # what is larger is cut off; below it, the application answers
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -32,7 +33,7 @@ class Refused(HTTPException):
         self.code, self.error_code = status, error_code
 
 
-def create_app(names: Collection[str] | None, registry: CollectorRegistry, *headers: tuple[str, str]) -> Flask:
+def create_app(names: Collection[str] | None, registry: CollectorRegistry, headers: Mapping[str, str] = {}) -> Flask:
     """An application that serves metrics, and answers to addresses and these names, in lower case (None: to all).
 
     A web site of others could read it through a browser under a name of its own that leads here. Writing takes JSON,
@@ -42,14 +43,14 @@ def create_app(names: Collection[str] | None, registry: CollectorRegistry, *head
 
     @app.before_request
     def check_host() -> None:
-        host = request.headers.get("Host", "").lower()
-        is_ours = names is None or ADDRESS.fullmatch(host) or re.sub(":[0-9]+$", "", host) in names
+        host = re.sub(":[0-9]+$", "", request.headers.get("Host", "").lower())
+        is_ours = names is None or host in names or ADDRESS.fullmatch(host)
         if not is_ours and request.path != "/healthz":  # which a probe may ask under any name
             raise Refused(421, "host_not_allowed", f"{one_line(host, 80)!r} is not its name: see --allowed-host")
 
     @app.after_request
     def add_headers(response: Response) -> Response:
-        response.headers.update({**HEADERS, **dict(headers)})
+        response.headers.update({**HEADERS, **headers})
         return response
 
     metrics = {"Content-Type": CONTENT_TYPE_LATEST}
@@ -58,14 +59,14 @@ def create_app(names: Collection[str] | None, registry: CollectorRegistry, *head
 
 
 @contextmanager
-def serving(app: Flask, host: str, port: int, threads: int, most_body_bytes: int) -> Iterator[None]:
+def serving(app: Flask, host: str, port: int, threads: int = 8) -> Iterator[None]:
     """Serve until the block ends; what is being answered then has a second. Raises OSError where it cannot listen."""
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise OSError(f"cannot listen at {host} port {port}: {error.strerror}") from error
     logging.getLogger("waitress").setLevel(logging.CRITICAL)  # it reports each client that goes away
-    limits = {"threads": threads, "connection_limit": 500, "max_request_body_size": most_body_bytes}
+    limits = {"threads": threads, "connection_limit": 500, "max_request_body_size": MOST_BODY_BYTES}
     server = waitress.create_server(app, sockets=[listener], asyncore_use_poll=True, ident=None, **limits)
     threading.Thread(target=server.run, name="server", daemon=True).start()
     try:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import apsw
 import pytest
 import requests
 from doubles.signing_double import OLD_SECRET, SECRET, signed, traces
@@ -209,6 +210,16 @@ def test_a_full_disk_is_answered_503_and_the_page_can_be_read(tmp_path: Path) ->
         assert is_healthy(url)
         assert post(url, number_n(1)).status_code == 201
         assert "Traceback" not in maker.err
+
+
+def test_a_file_that_another_process_keeps_locked_is_answered_503_and_ends_nothing(tmp_path: Path) -> None:
+    with widget_maker(tmp_path) as (url, maker), ThreadPoolExecutor(8) as pool:
+        with closing(apsw.Connection(str(tmp_path / "widgets.sqlite3"))) as other_process:
+            other_process.execute("BEGIN IMMEDIATE")
+            answers = [answer.status_code for answer in pool.map(post, [url] * 16)]
+        assert answers == [503] * 16
+        assert maker.process.poll() is None
+        assert post(url).status_code == 201
 
 
 @pytest.mark.parametrize("is_replaced", [False, True], ids=["removed", "replaced"])

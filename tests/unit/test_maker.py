@@ -6,7 +6,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 from doubles.signing_double import KEY, OLD_KEY, OLD_SECRET, SECRET, signed
 from flask.testing import FlaskClient
 
-from widget_maker import Faults, create_maker
+from widget_maker import Faults, Maker
 from widgets.signing import Signer
 from widgets.store import Widgets
 
@@ -35,7 +35,11 @@ def widgets(tmp_path: Path) -> Iterator[Widgets]:
 @pytest.fixture
 def start(widgets: Widgets) -> Callable[..., FlaskClient]:
     """A client of a maker with the given faults, further names and signer."""
-    return lambda faults=None, *options: create_maker(widgets, faults or Faults(), *options).test_client()
+
+    def start(faults: Faults | None = None, hosts: Sequence[str] = (), signer: Signer | None = None) -> FlaskClient:
+        return Maker(widgets, faults or Faults(), hosts, signer).app.test_client()
+
+    return start
 
 
 @pytest.fixture
@@ -252,6 +256,8 @@ def test_pages_show_every_widget_once_and_newest_first_also_while_more_are_creat
             break
         page = client.get("/widgets", query_string={"after": page["next"]}).json
     assert (seen, sizes) == (made[::-1], [20, 20, 5])
+    assert client.get("/widgets?after=" + "9" * 19).json == client.get("/widgets").json
+    assert client.get("/widgets?after=0").json == {"widgets": [], "next": None}
 
 
 @pytest.mark.parametrize("path", ["/widgets", "/"])
@@ -259,7 +265,7 @@ def test_pages_show_every_widget_once_and_newest_first_also_while_more_are_creat
     "query",
     [
         *("limit=0", "limit=101", "limit=-1", "limit=", "limit=x", "limit=" + "9" * 5000),
-        *("after=x", "after=-1", "after=1.5", "after=9223372036854775808", "after=" + "9" * 5000),
+        *("after=x", "after=-1", "after=1.5", "after=92233720368547758080", "after=" + "9" * 5000),
     ],
     ids=lambda text: text[:30],
 )

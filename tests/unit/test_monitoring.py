@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from support import HERE, free_port, wait_until
 from claim_queues import QueueForbidden
 from claim_queues.sqlite import SqliteQueues
 from receive_counts import ReceiveCounts
-from widget_consumer import Consumer, Settings
+from widget_consumer import Consumer
 from widgets.delivery import Maker
 from widgets.monitoring import watched
 
@@ -43,10 +44,10 @@ class Bench:
         for name in QUEUES.values():
             self.real.create(name)
         self._maker = Maker(maker.url, deadline=5)
-        numbers = {"claim_ttl": 60, "grace": 60, "claim_limit": 20, "slots": 2, "post_batch": 1, "max_receives": 5}
-        times = {"poll_interval": 0.05, "response_ttl": 3600, "drain_timeout": None}
-        settings = Settings(create=False, drain=False, **QUEUES, **numbers, **times)
-        self.consumer = Consumer(self.queues, self._maker, counts, settings)
+        numbers = {"claim_ttl": 60, "claim_limit": 20, "slots": 2, "post_batch": 1, "max_receives": 5}
+        more = {"grace": 60, "poll_interval": 0.05, "queues": list(QUEUES.values()), "response_ttl": 3600}
+        options = SimpleNamespace(create=False, drain=False, **QUEUES, **numbers, **more)
+        self.consumer = Consumer(self.queues, self._maker, counts, options)
 
     def post(self, *ids: str) -> None:
         self.real.post("requests", [{"widget_id": id_} for id_ in ids])
