@@ -219,7 +219,8 @@ def configure_logging(form: str, level: str) -> None:
     )
     logging.basicConfig(format="%(message)s", handlers=[_FromLibraries()], force=True)
     logging.getLogger().setLevel(max(number, logging.WARNING))
-    logging.getLogger("keystoneauth").setLevel(logging.ERROR)  # it warns of what it then raises
+    for name in ("keystoneauth", "botocore.credentials"):  # they warn of what they then raise, or get over
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class _FromLibraries(logging.Handler):

@@ -260,7 +260,7 @@ class SqsQueues(RemoteQueues):
 
 def _translated(error: Exception, what: str, otherwise: type[QueuesError] = errors.QueueError) -> QueuesError:
     """The contract's error. what: was asked, and of whom. otherwise: its class where ERRORS has none."""
-    said, response = str(error), error.response if isinstance(error, sdk.ClientError) else {}
+    said, response = str(error).strip(), error.response if isinstance(error, sdk.ClientError) else {}
     code = str(response.get("Error", {}).get("Code", ""))
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     names = " ".join([*(base.__name__ for base in type(error).__mro__), code, str(status)])
