@@ -39,7 +39,10 @@ BEGIN = f"""
 INSERT INTO receives VALUES (?1, ?2, 1, {RECEIVE}, 1, ?3, ?3) ON CONFLICT DO UPDATE
 SET receives = receives + 1, charged = charged + {RECEIVE}, open = open + 1, last_at = ?3 RETURNING {COLUMNS}
 """
-CHARGE = "UPDATE receives SET charged = max(0, charged + ?), open = coalesce(?, open) WHERE source = ? AND id = ?"
+CHARGE = """
+UPDATE receives SET charged = max(0, charged + ?), open = coalesce(?, open) WHERE source = ? AND id = ?
+RETURNING id, charged
+"""
 
 log = structlog.get_logger()
 
@@ -58,8 +61,8 @@ class Receives(NamedTuple):
 class ReceiveCounts:
     """source: names the queue among those that share the file. Thread-safe.
 
-    Raises StoreError where the file cannot be used. One that is locked makes counts less exact, no more, except for
-    `begin`: it raises QueueUnavailable, and the message must not be POSTed.
+    Raises StoreError where the file cannot be used. While it is locked `of` and `begin` raise QueueUnavailable, and the
+    message must not be POSTed; what is charged or forgotten then is lost, which makes counts less exact, no more.
     """
 
     def __init__(self, path: Path, source: str) -> None:
@@ -81,12 +84,12 @@ class ReceiveCounts:
             rows: Any = [file.execute(BEGIN, (self._source, id_, now)).fetchall()[0] for id_ in ids]
         return [Receives(*row) for row in rows]
 
-    def charge(self, charges: Mapping[str, int], left_open: int | None = None) -> None:
-        """Add fifths to what messages are charged, or take from it, by id.
+    def charge(self, charges: Mapping[str, int], left_open: int | None) -> dict[str, int]:
+        """Add fifths to what messages are charged, or take from it, by id; gives what the known ones are charged now.
 
         left_open: as often in a row their POSTs have ended without an answer; None: as before.
         """
-        self._write(CHARGE, [(fifths, left_open, self._source, id_) for id_, fifths in charges.items()])
+        return dict(self._write(CHARGE, [(fifths, left_open, self._source, id_) for id_, fifths in charges.items()]))
 
     def forget(self, ids: Iterable[str]) -> None:
         """Drop messages that are settled."""
@@ -95,10 +98,11 @@ class ReceiveCounts:
     def close(self) -> None:
         self._store.close()
 
-    def _write(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
+    def _write(self, statement: str, rows: list[tuple[Any, ...]]) -> list[Any]:
         try:
             if rows:
                 with self._store.writing(synced=False) as file:
-                    file.executemany(statement, rows)
+                    return file.executemany(statement, rows).fetchall()
         except QueueUnavailable as error:
             log.warning("receive counts not written", reason=str(error))
+        return []

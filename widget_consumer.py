@@ -9,8 +9,9 @@ a message and never loses one, and the maker makes each widget once.
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -92,8 +93,9 @@ class Consumer:
         with ThreadPoolExecutor(self._options.slots, "worker") as pool:
             workers = [pool.submit(self._work) for _ in range(self._options.slots)]
         self.slots.close()
-        with suppress(QueueError):  # else they expire
-            self._releases.due(all_at_once=True)
+        for claim in self._releases.all():
+            with suppress(QueuesError):  # else they expire
+                self._insist(claim, "release", partial(self._queues.release, claim))
         for worker in workers:
             worker.result()
 
@@ -143,37 +145,47 @@ class Consumer:
             if self._drain.is_over(found=found):
                 self.stop()
         elif not found and time.monotonic() - self._looked_at > LOOK_EVERY_S:
-            self._looked_at = time.monotonic()
             require_queues(self._queues, self._options.queues, create=self._options.create)
+            self._looked_at = time.monotonic()
 
     def _finish(self, claim: Claim) -> None:
-        """Deliver the claim's messages; settle those that are ready each second, and give the others back."""
-        deliveries = self._charges.deliveries(claim.messages)
-        batch = self._options.post_batch if self._maker.takes_batches else 1
-        together, lane = self._charges.plan(deliveries, batch)
-        posts = waiting = {self.slots.submit(self._deliver, len(group), claim, group) for group in together}
+        """Deliver the claim's messages, and give back those that are not settled then."""
+        deliveries = list[Delivery]()
         try:
+            try:
+                self._deliver_all(claim, deliveries)
+            finally:
+                self._charges.take_back(claim, deliveries)
+                self.metrics.held.dec(len(deliveries))
+                if claim.messages and claim.holds(0):
+                    delay = 0 if self._stopping.is_set() else release_delay(deliveries)
+                    self._insist(claim, "release", lambda: self._releases.add(claim, delay))
+        except ClaimLost as error:
+            lost = [delivery.id for delivery in deliveries if not delivery.is_done]
+            log.warning("claim lost: other consumers get its messages", reason=str(error), messages=lost)
+            self.metrics.lost.inc(len(lost))
+        self.trouble.ends("renew")
+        self.trouble.ends("release")
+
+    def _deliver_all(self, claim: Claim, deliveries: list[Delivery]) -> None:
+        """Find what is known of each message, POST them, and settle those that are ready each second."""
+        count, together, posts = len(claim.messages), list[list[Delivery]](), set[Future[list[Delivery]]]()
+        try:
+            deliveries += self._insist(claim, "count", lambda: self._charges.deliveries(claim.messages)) or []
+            batch = self._options.post_batch if self._maker.takes_batches else 1
+            together, lane = self._charges.plan(deliveries, batch)
+            posts = waiting = {self.slots.submit(self._deliver, len(group), claim, group) for group in together}
             while waiting:
                 self._renew_in_time(claim)
                 done, waiting = wait(waiting, timeout=SETTLE_EVERY_S)
                 self._settle(claim, [delivery for post in done for delivery in post.result()])
             if lane:
                 self._post_alone(claim, lane)
-            if back := [delivery for delivery in deliveries if not delivery.is_settled]:
-                delay = 0 if self._stopping.is_set() else release_delay(back)
-                self._insist(claim, "release", lambda: self._releases.add(claim, delay))
-        except ClaimLost as error:
-            lost = [delivery.id for delivery in deliveries if not delivery.is_settled]
-            log.warning("claim lost: other consumers get its messages", reason=str(error), messages=lost)
-            self.metrics.lost.inc(len(lost))
-            claim.expires_at = 0
-            for post in waiting:
-                post.result()
         finally:
             wait(posts)
-            self.slots.ended(len(lane))
-            self.metrics.held.dec(len(deliveries))
-            self._charges.take_back(deliveries, stored=dict(claim.posted))
+            self.slots.ended(count - sum(map(len, together)))
+            for post in posts:
+                post.result()
 
     def _post_alone(self, claim: Claim, lane: list[Delivery]) -> None:
         """POST and settle them one after another, in this thread; one such POST at a time in the process."""
@@ -183,7 +195,8 @@ class Consumer:
             for delivery in lane:
                 delivery.backoff = SHORT_BACKOFF_S
                 self._renew_in_time(claim)
-                if is_free and not self._stopping.is_set() and self._maker.is_well(silent_at):
+                may_post = is_free and not self._stopping.is_set() and not self.slots.is_pausing
+                if may_post and self._maker.is_well(silent_at):
                     self._post(claim, delivery, is_alone=True)
                     self._settle(claim, [delivery])
                     silent_at = time.monotonic() if delivery.answer.is_silent else silent_at
@@ -235,7 +248,7 @@ class Consumer:
         if ready := [delivery for delivery in ended if delivery.answer.outcome]:
             settlements = [each.settlement(self._options.queues, self._options.response_ttl) for each in ready]
             if settled := self._insist(claim, "settle", lambda: self._queues.settle(claim, settlements)):
-                self._charges.end(ready, settled)
+                self._charges.end(claim, ready, settled)
 
     def _insist(self, claim: Claim, what: str, do: Callable[[], Result]) -> Result | None:
         """Do it, again until the service has done it, and hold the claim meanwhile; None where a stop ends that."""
@@ -261,6 +274,9 @@ class Consumer:
         try:
             self._queues.renew(claim)
             self.trouble.ends("renew")
+        except ClaimLost:
+            claim.expires_at = 0  # so that its POST threads see it too
+            raise
         except (QueueUnavailable, QueueNotFound, QueueForbidden) as error:
             self.trouble.begins("renew", error)
             if not claim.holds(0):

@@ -42,6 +42,7 @@ class Claim:
     messages: tuple[Message, ...]
     expires_at: float  # monotonic seconds; 0: it is lost
     posted: set[tuple[str, int]] = field(default_factory=set)  # message id and place of outcomes not to post again
+    deleted: set[str] = field(default_factory=set)  # ids of messages whose delete is not told yet, after an error
 
     def holds(self, seconds: float) -> bool:
         """Whether the claim surely lasts that much longer."""

@@ -31,7 +31,7 @@ try:
         import pyrax
         from pyrax.identity.rax_identity import AUTH_ENDPOINT, RaxIdentity
         from pyrax.queueing import QueueClient
-except (configparser.Error, UnicodeError) as _error:
+except (configparser.Error, RuntimeError, UnicodeError) as _error:  # RuntimeError: there is no home
     # The parser's own words show lines of the file, and people write keys into it.
     raise ConfigError(f"~/.pyrax.cfg cannot be read ({type(_error).__name__}): correct it or remove it") from None
 

@@ -2,8 +2,10 @@
 
 import threading
 import time
+from contextlib import suppress
 
 from .base import Claim, Queues
+from .errors import QueueForbidden
 
 
 class Releases:
@@ -24,14 +26,19 @@ class Releases:
         elif claim.holds(delay):
             self._waiting.append((time.monotonic() + delay, claim))
 
-    def due(self, *, all_at_once: bool = False) -> None:
+    def due(self) -> None:
         """Release the claims whose time has come, unless another thread does. After QueueUnavailable call it again."""
         if self._working.acquire(blocking=False):
             try:
                 for entry in self._waiting.copy():
-                    if all_at_once or entry[0] <= time.monotonic():
-                        if entry[1].holds(0):
-                            self._queues.release(entry[1])
+                    if entry[0] <= time.monotonic():
+                        with suppress(QueueForbidden):  # then it expires
+                            if entry[1].holds(0):
+                                self._queues.release(entry[1])
                         self._waiting.remove(entry)
             finally:
                 self._working.release()
+
+    def all(self) -> list[Claim]:
+        """The claims that wait, so that they can be released at once."""
+        return [claim for _, claim in self._waiting if claim.holds(0)]

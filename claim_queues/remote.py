@@ -38,8 +38,8 @@ class RemoteQueues(Queues):
         """Send one request: an entry for each document, or for the first few. MessageRefused: one spoils all."""
 
     @abstractmethod
-    def _delete_settled(self, claim: Claim, settlements: Sequence[Settlement]) -> Sequence[str]:
-        """Delete messages whose outcomes are stored; the ids of those that are gone."""
+    def _delete_settled(self, claim: Claim, settlements: Sequence[Settlement]) -> None:
+        """Delete messages whose outcomes are stored; what is gone goes into `claim.deleted`, before an error too."""
 
     def post(self, queue: str, bodies: Sequence[JSON], *, ttl: int | None = None) -> list[str]:
         results = self._store(queue, [self._document(body, ttl) for body in bodies])
@@ -55,12 +55,13 @@ class RemoteQueues(Queues):
         raise PostIncomplete(said, accepted=accepted, refused=refused, unknown=unknown)
 
     def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
-        """After an error all is to be asked for again: to delete what is deleted is no error."""
-        held = {message.id for message in claim.messages if claim.holds(0)}
+        """After an error all is to be asked for again."""
+        held = {message.id for message in claim.messages if claim.holds(0)} - claim.deleted
         ours = [each for each in settlements if each.message.id in held]
         failed = self._post_outcomes(claim, ours)
-        deleted = self._delete_settled(claim, [each for each in ours if each.message.id not in failed])
+        self._delete_settled(claim, [each for each in ours if each.message.id not in failed])
         raise_obstacle(failed.values())
+        deleted = claim.deleted.intersection(each.message.id for each in settlements)
         claim.drop(deleted)
         return Settled(frozenset(deleted), {id_: e for id_, e in failed.items() if isinstance(e, MessageRefused)})
 

@@ -42,7 +42,7 @@ CREATE INDEX by_expiry ON messages (expires) WHERE expires IS NOT NULL;
 """
 ALIVE = "(expires IS NULL OR expires > :now)"
 HELD = "held_until BETWEEN :now + 1 AND :now + 43200000"
-FREE = "SELECT id FROM messages WHERE queue = :queue AND held_until = 0 ORDER BY id LIMIT :limit"
+FREE = f"SELECT id FROM messages WHERE queue = :queue AND held_until = 0 AND {ALIVE} ORDER BY id LIMIT :limit"
 LAPSED = """SELECT id FROM messages WHERE queue = :queue AND held_until BETWEEN 1 AND :now
 UNION ALL SELECT id FROM messages WHERE queue = :queue AND held_until > :now + 43200000"""
 AMONG = "id IN (SELECT value FROM json_each(:ids))"
@@ -51,7 +51,8 @@ HOLD = "held_until = :until, expires = CASE WHEN expires < :until THEN :until + 
 COLUMNS = "id, body, max(0, :now - posted) / 1000.0"
 INSERT = "INSERT INTO messages (queue, body, posted, expires) VALUES (?2, CAST(?3 AS BLOB), ?1, ?1 + 1000 * ?4)"
 LOOK = f"SELECT EXISTS ({FREE}), EXISTS ({LAPSED}), EXISTS (SELECT 1 FROM messages WHERE expires <= :now)"
-EXPIRE = "DELETE FROM messages WHERE expires <= :now RETURNING queue"
+EXPIRE = """DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE expires <= :now LIMIT 1000)
+RETURNING queue"""
 FREE_LAPSED = f"UPDATE messages SET held_until = 0, claim = NULL WHERE id IN ({LAPSED})"
 CLAIM = f"UPDATE messages SET claim = :claim, {HOLD} WHERE id IN ({FREE}) RETURNING {COLUMNS}"
 KEEP = f"UPDATE messages SET claim = :for, {HOLD} WHERE {OURS} RETURNING id"
@@ -110,6 +111,8 @@ class Store:
             try:
                 yield file
                 file.execute("COMMIT")
+                if synced:
+                    self.check()  # what was committed after it was removed is gone
             except BaseException:
                 if file.in_transaction:
                     file.execute("ROLLBACK")

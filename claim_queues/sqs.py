@@ -190,12 +190,12 @@ class SqsQueues(RemoteQueues):
         stored, failed = self._batch("send_message_batch", queue, entries)
         return [failed.get(index) or str(stored[index]["MessageId"]) for index in entries]
 
-    def _delete_settled(self, claim: Claim, settlements: Sequence[Settlement]) -> list[str]:
+    def _delete_settled(self, claim: Claim, settlements: Sequence[Settlement]) -> None:
         ours = [each.message for each in settlements if claim.holds(0)]  # it may have ended while outcomes were posted
         handles = {message.id: {"ReceiptHandle": message.handle} for message in ours}
         deleted, failed = self._batch("delete_message_batch", claim.queue, handles)
+        claim.deleted.update(deleted)
         raise_obstacle(failed.values())
-        return list(deleted)
 
     def _hide(self, claim: Claim, seconds: int) -> Results:
         """Hide all that the claim holds for so long from now."""

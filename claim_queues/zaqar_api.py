@@ -198,11 +198,13 @@ class ZaqarApi(RemoteQueues):
         request, data = f"POST /queues/{queue}/messages", ",".join(documents).join(self.around)
         return self._ask("post to", queue, request, read, {400: errors.MessageRefused}, data=data)
 
-    def _delete_settled(self, claim: Claim, settlements: Sequence[Settlement]) -> list[str]:
-        gone = [each.message.id for each in settlements if not each.fenced]
-        self._delete_unfenced(claim.queue, gone, claim.id)
-        fenced = (each.message.id for each in settlements if each.fenced)
-        return gone + [id_ for id_ in fenced if self._delete_one(claim.queue, id_, claim.id)]
+    def _delete_settled(self, claim: Claim, settlements: Sequence[Settlement]) -> None:
+        unfenced = [each.message.id for each in settlements if not each.fenced]
+        self._delete_unfenced(claim.queue, unfenced, claim.id)
+        claim.deleted.update(unfenced)
+        for each in settlements:
+            if each.fenced and self._delete_one(claim.queue, each.message.id, claim.id):
+                claim.deleted.add(each.message.id)
 
     def _delete_unfenced(self, queue: str, ids: Sequence[str], claim_id: str) -> None:
         """In one request, also what others hold. Servers with `message_delete_with_claim_id` want a claim."""

@@ -91,7 +91,7 @@ class Breaker:
         return self._passed_at > posted_at
 
     def failed(self, id_: str, answer: Answer, charge: int, *, is_well: bool) -> tuple[int, dict[str, int]]:
-        """A message failed that is to be charged so much, in fifths, unless the maker is at fault.
+        """A message failed that is to be charged so much, in fifths, unless the row is full.
 
         Returns what to charge it, and what to add for others by id: it takes from them.
         """
@@ -108,7 +108,6 @@ class Breaker:
             if is_row:
                 back, self._row = self._row, dict.fromkeys(self._row, 0)
                 return 0, {other: -charged for other, charged in back.items() if charged}
-            charge = charge if is_well else 0
             self._row[id_] += charge
             return charge, {}
 

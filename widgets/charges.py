@@ -2,13 +2,13 @@
 
 | failure                                               | charged                                                   |
 | ----------------------------------------------------- | --------------------------------------------------------- |
-| any, while the maker is not well or the row is full   | nothing                                                   |
-| HTTP 429, or any after a stop                         | nothing                                                   |
+| any after a stop or while the row is full; HTTP 429   | nothing                                                   |
+| any other, while the maker is not well                | nothing                                                   |
 | failed                                                | one receive                                               |
 | unavailable, late                                     | a fifth of one                                            |
 | misconfigured                                         | a fifth, if another message passed since this POST began  |
 | cut off after it was sent                             | nothing                                                   |
-| no answer though it was POSTed alone, in the lane     | one receive, whatever else is the case                    |
+| no answer to a POST of the lane                       | one receive, even if the maker is not well                |
 
 What was cut off, and what got no answer from a maker that is not well then, leaves the message *open*: it may be what
 kills the maker (see receive_counts.py). What is left open twice in a row goes through the lane.
@@ -16,12 +16,12 @@ kills the maker (see receive_counts.py). What is left open twice in a row goes t
 
 import random
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import structlog
 
-from claim_queues import Message, QueueUnavailable, Settled
+from claim_queues import Claim, Message, QueueUnavailable, Settled
 from receive_counts import RECEIVE, ReceiveCounts, Receives
 
 from .breaker import Breaker
@@ -118,16 +118,18 @@ class Charges:
         for delivery in deliveries:
             delivery.backoff = SHORT_BACKOFF_S
 
-    def take_back(self, deliveries: Iterable[Delivery], stored: Collection[str]) -> None:
-        """What is not settled though it has an outcome is charged nothing for its last receive.
+    def take_back(self, claim: Claim, deliveries: Iterable[Delivery]) -> None:
+        """Undo the charge of each POST whose outcome was not stored.
 
-        An answer closes it, what got none stays as open as it is. stored: ids of messages that have a dead letter
-        already if they failed; another POST could only contradict it.
+        Not where its dead letter is stored already: another POST could only contradict that.
         """
         for delivery in deliveries:
-            outcome = None if delivery.is_settled or not delivery.charged else delivery.answer.outcome
-            if outcome and not (outcome == "failed" and delivery.id in stored):
-                self._charge(delivery, 0, None if outcome == "failed" else 0)
+            if delivery.is_done or not delivery.charged or not delivery.answer.outcome:
+                continue
+            if delivery.answer.outcome != "failed":
+                self._charge(delivery, 0, 0)
+            elif delivery.id not in dict(claim.posted):
+                self._charge(delivery, 0, None)
 
     def take_back_batch(self, deliveries: Sequence[Delivery], whole: Answer, posted_at: float) -> None:
         """A batch failed as a whole, and its messages are POSTed one by one: the receive is charged to none."""
@@ -135,9 +137,9 @@ class Charges:
         if whole.asks_for_patience:
             self._slots.busy(deliveries[0].id, whole, posted_at)
         for delivery in deliveries:
-            self._charge(delivery, 0)
+            self._charge(delivery, 0, 0)
 
-    def end(self, deliveries: Sequence[Delivery], settled: Settled) -> None:
+    def end(self, claim: Claim, deliveries: Sequence[Delivery], settled: Settled) -> None:
         """Forget what is settled, and log the end of each of these messages."""
         self._counts.forget(settled.deleted)
         for delivery in deliveries:
@@ -146,10 +148,12 @@ class Charges:
                 delivery.backoff = LONGEST_BACKOFF_S
                 log.error("no queue accepts the outcome: it stays queued", **delivery.fields(), reason=str(error))
             elif delivery.id not in settled.deleted:
+                self.take_back(claim, [delivery])
+                delivery.is_done = True
                 self._metrics.lost.inc()
                 log.warning("claim lost: another consumer gets the message", **delivery.fields())
             else:
-                delivery.is_settled = True
+                delivery.is_done = True
                 self._metrics.settled(delivery)
                 event, say = ("dead letter", log.error) if answer.outcome == "failed" else (answer.outcome, log.info)
                 say(event, **delivery.fields(), outcome=answer.outcome, reason=answer.reason or None)
@@ -167,40 +171,42 @@ class Charges:
             self._slots.passed()
             self._breaker.passed(posted_at)
         if delivery.before.open:  # a consumer that dies before it is settled would charge it for nothing
-            self._charge(delivery, 0)
+            self._charge(delivery, 0, 0)
 
     def _fail(self, delivery: Delivery, posted_at: float, *, is_alone: bool) -> None:
+        """Charge a failure by the table above, and decide how long its message stays away, or that it is over."""
         answer, is_stopping = delivery.answer, self._slots.is_stopping
         if answer.asks_for_patience:
             self._slots.busy(delivery.id, answer, posted_at)
         is_well = not is_stopping and self._maker.is_well(time.monotonic() - FRESH_S)
-        if is_alone and answer.is_silent:
-            charge = RECEIVE
-        elif answer.status == 429 or is_stopping:
-            charge = 0
-        else:
-            charge = FIFTHS.get(answer.failure, int(self._breaker.has_passed_since(posted_at)))
+        charge = 0
+        if answer.status != 429 and not is_stopping:
+            if is_alone and answer.is_silent:
+                charge = RECEIVE
+            elif is_well:
+                has_passed = self._breaker.has_passed_since(posted_at)
+                charge = int(has_passed) if answer.failure is Failure.MISCONFIGURED else FIFTHS[answer.failure]
             charge, back = self._breaker.failed(delivery.id, answer, charge, is_well=is_well)
-            self._counts.charge(back)
-        if answer.failure is Failure.CUT or (answer.is_silent and not is_well):
+            self._counts.charge(back, None)
+        if answer.failure is Failure.CUT or (answer.is_silent and not is_well and not is_stopping):
             left_open = delivery.before.open + 1
-        elif answer.failure is Failure.UNAVAILABLE and not answer.status:  # nothing was sent
-            left_open = delivery.before.open
-        else:
+        elif answer.status or (is_well and answer.failure is Failure.LATE):
             left_open = 0
-        self._charge(delivery, charge, left_open)
+        else:  # nothing was sent, or nobody knows
+            left_open = delivery.before.open
+        charged = self._charge(delivery, charge, left_open)
         delivery.backoff = backoff(delivery, is_charged=charge > 0, is_well=is_well)
-        now = self._counts.of([delivery.id]).get(delivery.id, Receives())  # gone where another has settled it
-        if now.charged >= self._most:
+        if charged >= self._most:
             delivery.answer = replace(answer, outcome="failed")
         else:
             say = log.warning if charge else log.debug  # an outage is not a line for each message
             say("failed, comes back", **delivery.fields(), reason=answer.reason, charged=charge / RECEIVE)
 
-    def _charge(self, delivery: Delivery, fifths: int, left_open: int | None = 0) -> None:
-        """Let this be what its last receive is charged."""
-        self._counts.charge({delivery.id: fifths - delivery.charged}, left_open)
+    def _charge(self, delivery: Delivery, fifths: int, left_open: int | None) -> int:
+        """Let this be what its last receive is charged; returns what it is charged in all, 0 where that is unknown."""
+        charged = self._counts.charge({delivery.id: fifths - delivery.charged}, left_open)
         delivery.charged = fifths
+        return charged.get(delivery.id, 0)
 
 
 def backoff(delivery: Delivery, *, is_charged: bool, is_well: bool) -> float:
@@ -212,10 +218,11 @@ def backoff(delivery: Delivery, *, is_charged: bool, is_well: bool) -> float:
     return min(LONGEST_BACKOFF_S, longest, doubled)
 
 
-def release_delay(left: Sequence[Delivery]) -> float:
-    """Seconds until these come back together: the longest backoff, at most ten where another one is shorter than that,
-    with full jitter, and not before the maker's Retry-After."""
-    waits = [max(delivery.backoff, delivery.answer.retry_after) for delivery in left]
+def release_delay(deliveries: Sequence[Delivery]) -> float:
+    """Seconds until those that are not done come back together: the longest backoff, at most ten where another one is
+    shorter than that, with full jitter, and not before the maker's Retry-After."""
+    left = [delivery for delivery in deliveries if not delivery.is_done]
+    waits = [max(delivery.backoff, delivery.answer.retry_after) for delivery in left] or [0]
     longest = min(max(waits), max(SHORT_BACKOFF_S, min(waits)))
-    asked = max(delivery.answer.retry_after for delivery in left)
+    asked = max((delivery.answer.retry_after for delivery in left), default=0)
     return max(random.uniform(0, longest), min(asked, longest))  # noqa: S311

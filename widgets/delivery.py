@@ -10,7 +10,8 @@
 | a connection that broke after the request was sent                      |          | CUT           |
 | anything else: a redirect, a login, another server                      |          | MISCONFIGURED |
 
-A rejection by what neither says that it is a maker (a header) nor has created a widget is FAILED: it deletes a request.
+A rejection deletes a request: by what neither says that it is a maker (a header) nor has created a widget, it is
+MISCONFIGURED.
 """
 
 import errno
@@ -105,7 +106,7 @@ class Delivery:
     """One claimed message on its way. before: its receives so far. receives: with this one, once it was POSTed.
 
     charged: for this receive, in fifths. backoff: the most seconds until it may come back. took: seconds of its POST.
-    is_settled: its outcome is stored, and the message deleted.
+    is_done: its outcome is stored and the message deleted, or another consumer has it.
     """
 
     message: Message
@@ -115,7 +116,7 @@ class Delivery:
     charged: int = 0
     backoff: float = 0.0
     took: float = 0.0
-    is_settled: bool = False
+    is_done: bool = False
 
     @property
     def id(self) -> str:
@@ -296,7 +297,7 @@ class Maker:
                 log.error("a widget was created, but this page is not well: ignored until it is", url=self._health_url)
         elif answer.outcome == "rejected" and not (self._has_created or reply.is_maker):
             reason = f"{answer.reason}: not believed without the header Widget-Maker, or a widget created before"
-            return Answer(None, Failure.FAILED, answer.status, reason)
+            return Answer(None, Failure.MISCONFIGURED, answer.status, reason)
         return answer
 
     def _send(self, url: str, text: str, headers: dict[str, str], *, is_fresh: bool = False) -> Reply:
@@ -375,9 +376,13 @@ def _reply(curl: pycurl.Curl) -> Reply:
         curl.perform()
     except pycurl.error as error:
         return _no_reply(curl, *error.args)
-    status, location = curl.getinfo(pycurl.RESPONSE_CODE), curl.getinfo(pycurl.REDIRECT_URL)
+    status, location = curl.getinfo(pycurl.RESPONSE_CODE), curl.getinfo_raw(pycurl.REDIRECT_URL)
     body = decode(data.getvalue().decode(errors="replace"))
-    reason = f"HTTP {status}; redirects to {location}, which is not followed" if location else f"HTTP {status}"
+    reason = (
+        f"HTTP {status}; redirects to {location.decode(errors='replace')}, which is not followed"
+        if location
+        else f"HTTP {status}"
+    )
     retry_after = max(0, min(LONGEST_RETRY_AFTER_S, curl.getinfo(pycurl.RETRY_AFTER)))
     is_maker = b"\nwidget-maker:" in head.getvalue().lower()
     return Reply(status, body if isinstance(body, dict) else {}, reason, retry_after, is_maker)

@@ -41,6 +41,11 @@ class Slots:
         self._pause, self._paused_at, self._pause_ends = Pause(), 0.0, 0.0
         self._impatient: str | None = None  # the last message answered so, where none has passed since
 
+    @property
+    def is_pausing(self) -> bool:
+        """Whether the maker has asked for patience, and that is not over."""
+        return self._pause_ends > time.monotonic()
+
     def reserve(self, most: int) -> int:
         """Wait until messages are wanted and it is this thread's turn to claim them; how many, or 0 after a stop.
 
@@ -141,7 +146,7 @@ class Slots:
             self._wanted.notify()
 
     def _room(self) -> int:
-        if self.messages >= 2 * self._capacity or self._pause_ends > time.monotonic():
+        if self.messages >= 2 * self._capacity or self.is_pausing:
             return 0
         rounds = int(AHEAD_S / max(self._mean_s, 0.001)) if self._mean_s else 0
         return max(0, self._capacity * (1 + rounds) - self.messages)

@@ -45,7 +45,6 @@ class Widgets:
                 self._created[bar] += len(new)
             if len(self._created) > BARS + 1:
                 del self._created[min(self._created)]
-        self.check()  # a file that was removed before the commit has not kept them
         return found
 
     def find(self, id_: str) -> Widget | None:

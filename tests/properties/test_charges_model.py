@@ -68,16 +68,12 @@ class Model:
             self.open[id_] = opens + 1
         if name == "refused":  # nothing was sent
             self.open[id_] = opens
-        if is_alone and name in ("cut", "late", "gateway"):
-            charge = 5
-        elif name == "too many":
-            charge = 0
-        else:
-            charge = self.row_charge(id_, name, is_well)
+        silent_alone = is_alone and name in ("cut", "late", "gateway")
+        charge = 0 if name == "too many" else self.row_charge(id_, name, is_well, silent_alone)
         self.charged[id_] = self.charged.get(id_, 0) + charge
         return self.charged[id_] >= MOST * 5
 
-    def row_charge(self, id_, name, is_well):
+    def row_charge(self, id_, name, is_well, silent_alone):
         if len(self.row) < 10:
             self.row.setdefault(id_, 0)
         is_full = len(self.row) == 10
@@ -87,6 +83,9 @@ class Model:
                 self.charged[other] = max(0, self.charged.get(other, 0) - charge)
             self.row = dict.fromkeys(self.row, 0)
             return 0
+        if silent_alone:
+            self.row[id_] += 5
+            return 5
         if not is_well:
             return 0
         charge = {"failed": 5, "refused": 1, "gateway": 1, "late": 1, "cut": 0, "wrong": 0}[name]

@@ -607,3 +607,15 @@ def test_a_delete_by_a_handle_that_sqs_does_not_know_is_a_loss(queues, queue, pr
     settled = queues.settle(claim, [Settlement(lost), Settlement(held)])
 
     assert (settled.deleted, settled.refused) == ({held.id}, {})
+
+
+def test_what_was_deleted_before_an_error_is_told_by_the_settlement_that_works(queues, queue, responses, proxy):
+    claim = claimed(queues, queue, "a", "b")
+    settlements = answered(claim, responses)
+    proxy.answers["DeleteMessageBatch"] = [partly({claim.messages[1].id: PASSING})]
+    with pytest.raises(QueueUnavailable):
+        queues.settle(claim, settlements)
+    queues.renew(claim)
+
+    assert queues.settle(claim, settlements).deleted == {each.message.id for each in settlements}
+    assert claim.messages == ()

@@ -24,11 +24,6 @@ def fail(breaker, id_, answer=FAILED, *, charge=5, is_well=True):
     return breaker.failed(id_, answer, charge, is_well=is_well)
 
 
-def test_a_failure_is_charged_while_the_maker_is_well(now):
-    assert fail(Breaker(), "a", REFUSED, charge=1) == (1, {})
-    assert fail(Breaker(), "a", REFUSED, charge=1, is_well=False) == (0, {})
-
-
 def test_ten_different_messages_in_a_row_open_it_and_take_back_what_they_were_charged(now):
     breaker = Breaker()
     for number in range(9):

@@ -488,3 +488,58 @@ def test_a_file_that_cannot_be_used_ends_the_consumer(make_rig):
 
     assert isinstance(rig.error, StoreError)
     assert rig.left().total == 1
+
+
+def test_receive_counts_that_cannot_be_read_now_end_nothing(make_rig):
+    rig = make_rig()
+    fails = times(2, QueueUnavailable("locked"))
+    known = rig.counts.of
+
+    def of(ids):
+        if error := fails():
+            raise error
+        return known(ids)
+
+    rig.counts.of = of
+    rig.post("a", "b")
+    with rig.running():
+        wait_until(lambda: rig.outcomes() == [("a", "created"), ("b", "created")])
+    assert rig.error is None
+
+
+def test_a_maker_that_cuts_off_every_post_though_its_health_page_is_well_makes_no_dead_letter(make_rig):
+    rig = make_rig(slots=4)
+    ids = [f"w{number}" for number in range(15)]
+    rig.maker.answers = dict.fromkeys(ids, CUT)
+    rig.post(*ids)
+    with rig.running():
+        wait_until(lambda: rig.hurry() or rig.consumer.breaker.is_open)
+        wait_until(lambda: rig.hurry() or len(rig.maker.posted) > 150, 60)
+        assert rig.outcomes() == []
+        rig.maker.answers.clear()
+        wait_until(lambda: rig.hurry() or len(rig.outcomes()) == 15, 60)
+    assert {outcome for _, outcome in rig.outcomes()} == {"created"}
+
+
+def test_trouble_with_a_renewal_is_over_once_claims_end_well(make_rig):
+    rig = make_rig(claim_ttl=15)  # renewed at the first look
+    rig.queues.fails["renew"] = times(1, QueueUnavailable("down"))
+    go_on = rig.maker.answers["slow"] = threading.Event()
+    rig.post("slow")
+    with rig.running():
+        wait_until(lambda: "renew" in rig.consumer.trouble.reasons)
+        go_on.set()
+        rig.post("quick")
+        wait_until(lambda: len(rig.outcomes()) == 2)
+        wait_until(lambda: not rig.consumer.trouble.reasons)
+
+
+def test_claims_that_wait_for_their_release_are_free_after_a_stop_though_the_service_fails_once(make_rig):
+    rig = make_rig(limits={"release_delay": 0})
+    rig.maker.answers = {"a": FAILED, "b": FAILED}
+    rig.post("a", "b")
+    with rig.running():
+        wait_until(lambda: len(rig.consumer._releases.all()) >= 1)
+        rig.queues.fails["release"] = times(1, QueueUnavailable("down"))
+    assert rig.left()[:3] == (2, 0, 0)
+    assert rig.error is None

