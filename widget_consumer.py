@@ -141,10 +141,9 @@ class Consumer:
 
     def _look_around(self, *, found: bool) -> None:
         """End a drain that is done; on some services a missing queue looks like an empty one."""
-        if self._drain:
-            if self._drain.is_over(found=found):
-                self.stop()
-        elif not found and time.monotonic() - self._looked_at > LOOK_EVERY_S:
+        if self._drain and self._drain.is_over(found=found):
+            self.stop()
+        elif not found and not self._drain and time.monotonic() - self._looked_at > LOOK_EVERY_S:
             require_queues(self._queues, self._options.queues, create=self._options.create)
             self._looked_at = time.monotonic()
 
@@ -164,8 +163,7 @@ class Consumer:
             lost = [delivery.id for delivery in deliveries if not delivery.is_done]
             log.warning("claim lost: other consumers get its messages", reason=str(error), messages=lost)
             self.metrics.lost.inc(len(lost))
-        self.trouble.ends("renew")
-        self.trouble.ends("release")
+        self.trouble.ends("renew", "release")
 
     def _deliver_all(self, claim: Claim, deliveries: list[Delivery]) -> None:
         """Find what is known of each message, POST them, and settle those that are ready each second."""
@@ -184,8 +182,6 @@ class Consumer:
         finally:
             wait(posts)
             self.slots.ended(count - sum(map(len, together)))
-            for post in posts:
-                post.result()
 
     def _post_alone(self, claim: Claim, lane: list[Delivery]) -> None:
         """POST and settle them one after another, in this thread; one such POST at a time in the process."""
@@ -197,7 +193,7 @@ class Consumer:
                 self._renew_in_time(claim)
                 may_post = is_free and not self._stopping.is_set() and not self.slots.is_pausing
                 if may_post and self._maker.is_well(silent_at):
-                    self._post(claim, delivery, is_alone=True)
+                    self._post(claim, [delivery], is_alone=True)
                     self._settle(claim, [delivery])
                     silent_at = time.monotonic() if delivery.answer.is_silent else silent_at
         finally:
@@ -206,32 +202,26 @@ class Consumer:
 
     def _deliver(self, claim: Claim, group: list[Delivery]) -> list[Delivery]:
         """Note each message's outcome, or how long it is to stay away."""
-        if len(group) > 1 and self._post_batch(claim, group):
+        if len(group) > 1 and self._post(claim, group):
             return group
         for delivery in group:
             if not self._charges.ends_unposted(delivery):
-                self._post(claim, delivery)
+                self._post(claim, [delivery])
         return group
 
-    def _post(self, claim: Claim, delivery: Delivery, *, is_alone: bool = False) -> None:
-        """POST one message when a slot is free: count the receive, POST, judge the answer."""
-        with self.slots.turn() as posted_at:
-            if not self._may_post(claim, [delivery]):
-                return
-            delivery.answer = self._maker.post(delivery, self._options.request_queue)
-        self._charges.judge([delivery], posted_at, is_alone=is_alone)
-
-    def _post_batch(self, claim: Claim, group: list[Delivery]) -> bool:
-        """POST them together; False where they are to be POSTed one by one: this receive counts against none then."""
+    def _post(self, claim: Claim, group: list[Delivery], *, is_alone: bool = False) -> bool:
+        """When a slot is free: count the receives, POST, judge. False: a batch failed, POST its messages one by one."""
         with self.slots.turn() as posted_at:
             if not self._may_post(claim, group):
                 return True
-            whole = self._maker.post_batch(group)
+            whole = self._maker.post_batch(group) if len(group) > 1 else None
+            if len(group) == 1:
+                group[0].answer = self._maker.post(group[0], self._options.request_queue)
         if whole:
             self._charges.take_back_batch(group, whole, posted_at)
-            return False
-        self._charges.judge(group, posted_at)
-        return True
+        else:
+            self._charges.judge(group, posted_at, is_alone=is_alone)
+        return not whole
 
     def _may_post(self, claim: Claim, group: list[Delivery]) -> bool:
         """Whether a POST may begin now: the claim outlasts it, and the receive is counted on disk."""
@@ -256,10 +246,9 @@ class Consumer:
             try:
                 result = do()
             except (QueueUnavailable, QueueNotFound, QueueForbidden) as error:
-                now = time.monotonic()
                 if self._stopping.is_set():
-                    self._give_up_at = self._give_up_at or now + STOP_PATIENCE_S
-                    if now > self._give_up_at:
+                    self._give_up_at = self._give_up_at or time.monotonic() + STOP_PATIENCE_S
+                    if time.monotonic() > self._give_up_at:
                         return None
                 self._wait_out(what, error)
                 self._renew_in_time(claim)
@@ -292,10 +281,8 @@ class Consumer:
         if self._drain:
             self._drain.check(self.breaker)
         pause = min(self.trouble.begins(what, error), self._options.claim_ttl / 4)
-        if self._stopping.is_set():
+        if self._stopping.wait(pause):
             time.sleep(min(pause, SETTLE_EVERY_S))
-        else:
-            self._stopping.wait(pause)
 
 
 @click.command(cls=Command)

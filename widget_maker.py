@@ -27,7 +27,7 @@ from werkzeug.exceptions import HTTPException
 
 from claim_queues import ConfigError, QueuesError
 from claim_queues.cli import Command, configure_logging, logging_options, one_line, run_until_signal, state_path
-from widgets.pages import Refused, create_app, serving
+from claim_queues.pages import Refused, create_app, serve_metrics, serving
 from widgets.signing import Signer, load_signer, signing_options
 from widgets.store import Widget, Widgets
 
@@ -68,7 +68,8 @@ class Maker:
         self._posts = counter("posts", "Requests", ["outcome"])
         self._refusals = counter("rejections", "Rejected requests", ["code"])
         self._played = counter("faults", "Faults played", ["fault"])
-        self.app = app = create_app(hosts, self._registry, {"Widget-Maker": "1"})  # a consumer believes its rejections
+        self.app = app = create_app("widgets", hosts, {"Widget-Maker": "1"})  # a consumer believes its rejections
+        serve_metrics(app, self._registry)
         app.jinja_env.globals["chooser"] = lambda widget_id: random.Random(widget_id).choice  # noqa: S311
         app.register_error_handler(HTTPException, self.answer_error)
         app.register_error_handler(QueuesError, self.answer_error)
@@ -163,7 +164,8 @@ class Maker:
     def _create(self, contents: Sequence[Any]) -> list[tuple[dict[str, Any], int]]:
         """For each request the body and the status of its answer. All widgets are on disk by then, in one commit."""
         found = [parse_request(content) for content in contents]
-        struck = {each for each in found if isinstance(each, str) and each in (self._faults.fault_id or found)}
+        only = self._faults.fault_id
+        struck = {each for each in found if isinstance(each, str) and (not only or each in only)}
         if struck and self._faults.latency:
             self._played.labels("latency").inc()
             time.sleep(self._faults.latency)

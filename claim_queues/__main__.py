@@ -3,20 +3,23 @@
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import islice
 from typing import Any
 
 import click
 
-from . import JSON, Claim, Message, Queues, QueuesError, Settlement
+from . import Message, Queues
+from .base import is_loopback
 from .checks import Report, check_queues
 from .cli import MESSAGE_SECONDS, Group, as_line, note, opened, print_lines, queue_options
+from .letters import PAGE, bring_back, is_letter
 
 KINDS = {"request": "request_queue", "response": "response_queue", "dead-letter": "dead_letter_queue"}
-PAGE = 100
-NUMBERS = click.IntRange(1, 1_000_000_000)
+NUMBERS, PORTS = click.IntRange(1, 1_000_000_000), click.IntRange(1, 65_535)
+OWN: dict[str, Any] = {"allow_from_autoenv": False, "show_envvar": True}
+"""For an option that is another variable than the maker's of that name, which may be set for all commands."""
 
+ttl_option = click.option("--ttl", type=MESSAGE_SECONDS, default=3600, help="Seconds that a request may wait.")
 json_option = click.option("--json", "as_json", envvar="WIDGET_JSON", is_flag=True, help="Print JSON lines.")
 limit_option = click.option("--limit", type=NUMBERS, default=NUMBERS.max, show_default="all", help="At most so many.")
 
@@ -81,7 +84,7 @@ def dead_letters(dead_letter_queue: str, limit: int, *, as_json: bool, **given: 
 @queue_options("request", "dead-letter")
 @limit_option
 @click.option("--dry-run", is_flag=True, help="Only say what would be brought back.")
-@click.option("--ttl", type=MESSAGE_SECONDS, default=3600, help="Seconds that a request may wait.")
+@ttl_option
 def redrive(limit: int, *, dry_run: bool, **given: Any) -> None:
     """Bring dead letters back to the request queue, oldest first: OLD_ID NEW_ID. Their counts begin at zero.
 
@@ -92,9 +95,13 @@ def redrive(limit: int, *, dry_run: bool, **given: Any) -> None:
         if dry_run:
             letters = (found.body for found in browse_all(queues, names[0]) if is_letter(found.body))
             for letter in islice(letters, limit):
-                print_lines([as_line(letter["request_id"], None)])
-        else:
-            bring_back(queues, *names, limit=limit, ttl=given["ttl"] if queues.limits.has_message_ttl else None)
+                tell(letter["request_id"], None)
+            return
+        if not queues.stats(names[0]).free:
+            note(f"{names[0]}: no dead letters to bring back")
+        ttl = given["ttl"] if queues.limits.has_message_ttl else None
+        if left := bring_back(queues, *names, limit=limit, ttl=ttl, tell=tell):
+            raise click.ClickException(f"{left:,} messages stay: no dead letters, or taken by another meanwhile")
 
 
 @cli.command()
@@ -126,6 +133,30 @@ def check(**given: Any) -> int:
     return report.exit_code
 
 
+@cli.command()
+@queue_options(*KINDS)
+@click.option("--host", default="127.0.0.1", envvar="WIDGET_WEB_HOST", help="Loopback address to listen at.", **OWN)
+@click.option("--port", type=PORTS, default=5001, envvar="WIDGET_WEB_PORT", help="Port to listen at.", **OWN)
+@ttl_option
+def web(host: str, port: int, **given: Any) -> None:
+    """Serve a page of the queues to this machine's browsers until Ctrl-C: numbers, messages, dead letters, redrive.
+
+    Only the link that it prints opens the page, once: the browser is known by a cookie then.
+    """
+    if not is_loopback(host):
+        raise click.UsageError("--host: name an address of this machine alone: others come through `ssh -L`")
+    from .web import serve
+
+    names = {kind: given[option] for kind, option in KINDS.items()}
+    with opened(given, *names.values(), looking=True) as queues:
+        serve(queues, names, host, port, ttl=given["ttl"] if queues.limits.has_message_ttl else None)
+
+
+def tell(old_id: str, new_id: str | None) -> None:
+    """Print what was brought back."""
+    print_lines([as_line(old_id, new_id)])
+
+
 def browse_all(queues: Queues, name: str) -> Iterator[Message]:
     """All messages of the queue, asked for as they are taken. Raises ConfigError where the service cannot show them."""
     page, marker = queues.browse(name, limit=PAGE)
@@ -134,40 +165,6 @@ def browse_all(queues: Queues, name: str) -> Iterator[Message]:
     while page:
         yield from page
         page, marker = queues.browse(name, after=marker, limit=PAGE)
-
-
-def is_letter(body: JSON) -> bool:
-    """Whether a consumer wrote it: anybody can post to the queue."""
-    return isinstance(body, dict) and "body" in body and isinstance(body.get("request_id"), str)
-
-
-def bring_back(queues: Queues, letter_queue: str, request_queue: str, *, limit: int, ttl: int | None) -> None:
-    """Bring back what is there now, so that what fails again meanwhile does not go round.
-
-    What is no dead letter is held to the end, to get at those behind it. Raises ClickException where messages stay.
-    """
-    held, free = list[Claim](), queues.stats(letter_queue).free
-    if not free:
-        note(f"{letter_queue}: no dead letters to bring back")
-    try:
-        while (most := min(limit, free, queues.limits.claim_limit)) > 0:
-            claim = queues.claim(letter_queue, ttl=300, grace=60, limit=most, wait=2)  # some of SQS come to a wait only
-            if not claim:
-                break
-            held.append(claim)
-            free -= len(claim.messages)
-            for letter in [message for message in claim.messages if is_letter(message.body)]:
-                (new_id,) = queues.post(request_queue, [letter.body["body"]], ttl=ttl)
-                print_lines([as_line(letter.body["request_id"], new_id)])
-                queues.settle(claim, [Settlement(letter)])
-                limit -= 1
-        if left := sum(len(claim.messages) for claim in held):
-            raise click.ClickException(f"{left:,} messages stay: no dead letters, or taken by another meanwhile")
-    finally:
-        with suppress(QueuesError):  # else they are free when their claims end
-            for claim in held:
-                if claim.messages:
-                    queues.release(claim)
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ def _on_one_line(_: Any, __: str, fields: EventDict) -> EventDict:
     }
 
 
-def run_until_signal(work: Callable[[], None], stop: Callable[[], None]) -> None:
+def run_until_signal(work: Callable[[], object], stop: Callable[[], None]) -> None:
     """Do the work in a thread. The first SIGTERM, SIGINT or SIGHUP calls `stop`; a second one ends the process.
 
     One that is ignored when the process starts, as under nohup, stays ignored.

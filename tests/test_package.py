@@ -43,7 +43,7 @@ def test_the_wheel_holds_four_modules_and_two_packages(wheel: Path) -> None:
     of_packages = [path for package in ("claim_queues", "widgets") for path in HERE.glob(f"{package}/**/*.*")]
     wanted = MODULES | {str(path.relative_to(HERE)) for path in of_packages if "__pycache__" not in path.parts}
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert {"widgets/static/widgets.css", "widgets/templates/widgets.html"} <= packed
+    assert {"claim_queues/static/pages.css", "claim_queues/templates/page.html", "widgets/static/widgets.css"} <= packed
     assert packed == wanted
 
 
@@ -92,11 +92,25 @@ def test_the_installed_maker_has_its_pages(installed: Path, tmp_path: Path) -> N
     ) as maker:
         try:
             wait_until(lambda: is_healthy(f"http://127.0.0.1:{port}"))
-            for path in ("/", "/static/widgets.css"):
+            for path in ("/", "/static/widgets.css", "/static/pages.css"):
                 assert requests.get(f"http://127.0.0.1:{port}{path}", timeout=5).status_code == requests.codes.ok
         finally:
             maker.terminate()
     assert maker.returncode == 0
+
+
+def test_the_installed_tool_has_its_page(installed: Path, tmp_path: Path) -> None:
+    command = [installed / "claim-queues", "web", "--create", "--port", str(free_port())]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as tool:
+        try:
+            assert tool.stderr
+            link = next(line.split()[-1] for line in tool.stderr if "token=" in line)
+            with requests.Session() as browser:
+                assert "Dead letters" in browser.get(link, timeout=10).text
+                assert browser.get(link.partition("?")[0] + "static/pages.css", timeout=10).ok
+        finally:
+            tool.terminate()
+    assert tool.returncode == 0
 
 
 def test_requirements_txt_names_what_pyproject_does() -> None:
@@ -131,7 +145,7 @@ def test_receive_counts_know_queues_alone() -> None:
 
 def test_the_maker_knows_no_queue() -> None:
     of_queues = {name for name in imported("widget_maker.py") if name.startswith("claim_queues")}
-    assert of_queues <= {f"claim_queues.{name}" for name in ("cli", "errors", "keyrings", "sqlite")}
+    assert of_queues <= {f"claim_queues.{name}" for name in ("cli", "errors", "keyrings", "pages", "sqlite")}
 
 
 @pytest.mark.parametrize("module", ["widget_consumer", "widget_maker", "widget_producer", "claim_queues.__main__"])

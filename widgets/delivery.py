@@ -345,10 +345,7 @@ def check_url(url: str, *, allow_plain_http: bool) -> Any:
     if not usable or parts.username is not None or parts.fragment or re.search(r"[\s\x00-\x1f\x7f\\]", url):
         raise ConfigError("maker URL: write http://HOST[:PORT]/PATH or https://..., without credentials or a fragment")
     if parts.scheme == "http" and not allow_plain_http and not is_loopback(parts.hostname):
-        raise ConfigError(
-            f"maker URL {parts.scheme}://{parts.hostname}: everybody on the way could read and change requests: use"
-            " https://, or allow it with --allow-plain-http"
-        )
+        raise ConfigError(f"maker URL http://{parts.hostname}: others could read it: use https or --allow-plain-http")
     return parts
 
 
@@ -389,10 +386,8 @@ def _reply(curl: pycurl.Curl) -> Reply:
 
 
 def _no_reply(curl: pycurl.Curl, code: int, reason: str) -> Reply:
-    if code == pycurl.E_FILESIZE_EXCEEDED:
-        return Reply(curl.getinfo(pycurl.RESPONSE_CODE), {}, reason)
-    if code in (pycurl.E_UNSUPPORTED_PROTOCOL, pycurl.E_FTP_WEIRD_SERVER_REPLY):
-        return Reply(0, {}, f"not an HTTP server: {reason}", failure=Failure.MISCONFIGURED)
+    if code in (pycurl.E_UNSUPPORTED_PROTOCOL, pycurl.E_FTP_WEIRD_SERVER_REPLY, pycurl.E_FILESIZE_EXCEEDED):
+        return Reply(0, {}, f"not an answer of the widget maker: {reason}", failure=Failure.MISCONFIGURED)
     no_socket = code in (pycurl.E_COULDNT_CONNECT, pycurl.E_OUT_OF_MEMORY)  # where libcurl does not say why
     os_error = curl.getinfo(pycurl.OS_ERRNO) or (errno.EMFILE if no_socket else 0)
     reason = f"this machine: {os.strerror(os_error)}" if os_error in OURS else reason

@@ -132,10 +132,11 @@ def serving(watch: Watch, host: str, port: int) -> AbstractContextManager[None]:
     """Serve what goes on until the block ends; on loopback only to this machine. Raises OSError."""
     from flask import render_template
 
-    from . import pages
+    from claim_queues import pages
 
     registry = watch.consumer.metrics.registry
-    app = pages.create_app(() if is_loopback(host) else None, registry)
+    app = pages.create_app("widgets", () if is_loopback(host) else None)
+    pages.serve_metrics(app, registry)
     prometheus.ProcessCollector(registry=registry)
     views: dict[str, Any] = {
         "/": lambda: render_template("consumer.html", watch=watch, troubles=watch.troubles()),

@@ -43,8 +43,8 @@ class Trouble:
             pause = self._pauses.setdefault(what, Pause()).next()
         return max(pause, getattr(error, "retry_after", 0))
 
-    def ends(self, what: str) -> None:
-        if what in self.reasons:
+    def ends(self, *operations: str) -> None:
+        for what in self.reasons.keys() & operations:
             with self._lock:
                 self._pauses.pop(what, None)
                 if self.reasons.pop(what, None):

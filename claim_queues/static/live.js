@@ -1,5 +1,5 @@
 "use strict";
-// Keeps the first page up to date: asks for it again every second and takes over what has changed.
+// Keeps a page up to date: asks for it again every second and takes over what has changed.
 
 const PERIOD_MS = 1000;
 const PATIENCE_MS = 5000;
@@ -16,17 +16,17 @@ function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-function isPointedAt() {
-  return list.matches(":focus-within") || (canHover.matches && list.matches(":hover"));
+function isHovered(element) {
+  return canHover.matches && element.matches(":hover");
 }
 
 function takeOver(page) {
   for (const part of document.querySelectorAll("[data-live]")) {
     const fresh = page.getElementById(part.id);
-    const isInUse = part.contains(document.activeElement);
+    const isInUse = part.contains(document.activeElement) || (part.dataset.live === "still" && isHovered(part));
     if (!isInUse && part.innerHTML !== fresh.innerHTML) part.replaceChildren(...fresh.childNodes);
   }
-  if (isPointedAt()) return; // what one is about to open stays where it is
+  if (!list || list.matches(":focus-within") || isHovered(list)) return; // what one is about to open stays where it is
   const arrivals = [...page.getElementById("list").children].filter((card) => !document.getElementById(card.id));
   for (const card of [...list.children]) if (!page.getElementById(card.id)) card.remove();
   if (arrivals.length <= MOST_ARRIVALS) for (const card of arrivals) card.classList.add("arrival");
@@ -50,7 +50,7 @@ async function refresh() {
     takeOver(new DOMParser().parseFromString(await answer.text(), "text/html"));
     say(state, "Live");
   } catch {
-    say(state, "The maker does not answer: trying again");
+    say(state, state.dataset.lost);
   }
 }
 

@@ -1,4 +1,4 @@
-"""How maker and consumer serve pages: out of other web sites' reach, and until a block ends."""
+"""How pages are served, with one look: out of other web sites' reach, and until a block ends."""
 
 import logging
 import re
@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import waitress
-from flask import Flask, Response, request
+from flask import Blueprint, Flask, Response, request
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, NotFound
 
-from claim_queues.cli import one_line
+from .cli import one_line
 
 ADDRESS = re.compile(r"(localhost|[0-9.]+|\[[0-9a-f:.]+\])?")
 """What a Host header says where no web site of others is meant, which a browser would call by its name."""
@@ -26,36 +26,60 @@ HEADERS = {
 
 
 class Refused(HTTPException):
-    """The request is answered with this status and, by the maker, with this error code and message as JSON."""
+    """The request is answered with this status, this message and, where the answer is JSON, this error code."""
 
     def __init__(self, status: int, error_code: str, message: str) -> None:
         super().__init__(message)
         self.code, self.error_code = status, error_code
 
 
-def create_app(names: Collection[str] | None, registry: CollectorRegistry, headers: Mapping[str, str] = {}) -> Flask:
-    """An application that serves metrics, and answers to addresses and these names, in lower case (None: to all).
+class App(Flask):
+    """Pages of a package: what its own templates and static files lack is taken from those of this package."""
 
-    A web site of others could read it through a browser under a name of its own that leads here. Writing takes JSON,
-    which browsers send to others only where these allow it.
+    def __init__(self, package: str) -> None:
+        super().__init__(package)
+        self._shared = Blueprint("shared", __package__, static_folder="static", template_folder="templates")
+        self.register_blueprint(self._shared)
+
+    def send_static_file(self, filename: str) -> Response:
+        try:
+            return super().send_static_file(filename)
+        except NotFound:
+            return self._shared.send_static_file(filename)
+
+
+def create_app(
+    package: str,
+    names: Collection[str] | None,
+    headers: Mapping[str, str] = {},
+    *,
+    hint: str = "see --allowed-host",
+) -> Flask:
+    """An application of that package that answers to addresses and these names, in lower case (None: to all).
+
+    A web site of others could read it through a browser under a name of its own that leads here. hint: what to do then.
     """
-    app = Flask("widgets")
+    app = App(package)
 
     @app.before_request
     def check_host() -> None:
         host = re.sub(":[0-9]+$", "", request.headers.get("Host", "").lower())
         is_ours = names is None or host in names or ADDRESS.fullmatch(host)
         if not is_ours and request.path != "/healthz":  # which a probe may ask under any name
-            raise Refused(421, "host_not_allowed", f"{one_line(host, 80)!r} is not its name: see --allowed-host")
+            raise Refused(421, "host_not_allowed", f"{one_line(host, 80)!r} is not its name: {hint}")
 
     @app.after_request
     def add_headers(response: Response) -> Response:
         response.headers.update({**HEADERS, **headers})
         return response
 
+    return app
+
+
+def serve_metrics(app: Flask, registry: CollectorRegistry) -> None:
+    """Answer /metrics with these, as Prometheus reads them."""
     metrics = {"Content-Type": CONTENT_TYPE_LATEST}
     app.add_url_rule("/metrics", "metrics", lambda: (generate_latest(registry), metrics))
-    return app
 
 
 @contextmanager
