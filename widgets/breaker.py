@@ -34,6 +34,7 @@ class Breaker:
         self._tried: str | None = None  # a claim; "": it is not known yet
         self._opened_at, self._passed_at = 0.0, 0.0
         self._row: dict[str, int] = {}  # what each was charged since one passed
+        self._silent = set[str]()  # what got no answer in the lane since one passed
         self._pause, self._must_pause = Pause(), False
         self._lock = threading.Condition()
 
@@ -84,11 +85,18 @@ class Breaker:
             self._must_pause, self.hopeless_since = False, None
             self._pause.reset()
             self._row.clear()
+            self._silent.clear()
             self._lock.notify_all()
 
     def has_passed_since(self, posted_at: float) -> bool:
         """Whether a message passed after that monotonic time."""
         return self._passed_at > posted_at
+
+    def silent(self, id_: str) -> bool:
+        """A message that was POSTed alone got no answer: whether it may be to blame, or is the tenth in a row."""
+        with self._lock:
+            self._silent.add(id_)
+            return len(self._silent) < MOST_IN_A_ROW
 
     def failed(self, id_: str, answer: Answer, charge: int, *, is_well: bool) -> tuple[int, dict[str, int]]:
         """A message failed that is to be charged so much, in fifths, unless the row is full.

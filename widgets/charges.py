@@ -8,7 +8,7 @@
 | unavailable, late                                     | a fifth of one                                            |
 | misconfigured                                         | a fifth, if another message passed since this POST began  |
 | cut off after it was sent                             | nothing                                                   |
-| no answer to a POST of the lane                       | one receive, even if the maker is not well                |
+| no answer to a POST of the lane                       | one receive, but nothing from the tenth in a row on       |
 
 What was cut off, and what got no answer from a maker that is not well then, leaves the message *open*: it may be what
 kills the maker (see receive_counts.py). What is left open twice in a row goes through the lane.
@@ -182,12 +182,12 @@ class Charges:
         charge = 0
         if answer.status != 429 and not is_stopping:
             if is_alone and answer.is_silent:
-                charge = RECEIVE
-            elif is_well:
+                charge = RECEIVE if self._breaker.silent(delivery.id) else 0
+            else:
                 has_passed = self._breaker.has_passed_since(posted_at)
-                charge = int(has_passed) if answer.failure is Failure.MISCONFIGURED else FIFTHS[answer.failure]
-            charge, back = self._breaker.failed(delivery.id, answer, charge, is_well=is_well)
-            self._counts.charge(back, None)
+                weight = int(has_passed) if answer.failure is Failure.MISCONFIGURED else FIFTHS[answer.failure]
+                charge, back = self._breaker.failed(delivery.id, answer, weight if is_well else 0, is_well=is_well)
+                self._counts.charge(back, None)
         if answer.failure is Failure.CUT or (answer.is_silent and not is_well and not is_stopping):
             left_open = delivery.before.open + 1
         elif answer.status or (is_well and answer.failure is Failure.LATE):

@@ -48,32 +48,36 @@ class Model:
     """The rules as design and docs/how-it-works.md state them, without threads, files or clocks."""
 
     def __init__(self):
-        self.charged, self.open, self.row, self.has_passed, self.is_open = {}, {}, {}, False, False
+        self.charged, self.open = {}, {}
+        self.restart()
 
     def crash(self, id_):
         self.charged[id_] = self.charged.get(id_, 0) + 5
         self.open[id_] = self.open.get(id_, 0) + 1
 
     def restart(self):
-        self.row, self.has_passed, self.is_open = {}, False, False
+        self.row, self.silent, self.has_passed, self.is_open = {}, set(), False, False
 
     def answer(self, id_, name, is_well, *, is_alone):
         """Returns whether the message is a dead letter now."""
         opens = self.open.get(id_, 0)
         self.open[id_] = 0
         if name == "created":
-            self.row, self.has_passed, self.is_open = {}, True, False
+            self.row, self.silent, self.has_passed, self.is_open = {}, set(), True, False
             return False
         if name == "cut" or (name in ("late", "gateway") and not is_well):
             self.open[id_] = opens + 1
         if name == "refused":  # nothing was sent
             self.open[id_] = opens
-        silent_alone = is_alone and name in ("cut", "late", "gateway")
-        charge = 0 if name == "too many" else self.row_charge(id_, name, is_well, silent_alone)
+        if is_alone and name in ("cut", "late", "gateway"):
+            self.silent.add(id_)
+            charge = 5 if len(self.silent) < 10 else 0
+        else:
+            charge = 0 if name == "too many" else self.row_charge(id_, name, is_well)
         self.charged[id_] = self.charged.get(id_, 0) + charge
         return self.charged[id_] >= MOST * 5
 
-    def row_charge(self, id_, name, is_well, silent_alone):
+    def row_charge(self, id_, name, is_well):
         if len(self.row) < 10:
             self.row.setdefault(id_, 0)
         is_full = len(self.row) == 10
@@ -83,9 +87,6 @@ class Model:
                 self.charged[other] = max(0, self.charged.get(other, 0) - charge)
             self.row = dict.fromkeys(self.row, 0)
             return 0
-        if silent_alone:
-            self.row[id_] += 5
-            return 5
         if not is_well:
             return 0
         charge = {"failed": 5, "refused": 1, "gateway": 1, "late": 1, "cut": 0, "wrong": 0}[name]

@@ -37,13 +37,13 @@ def judging(directory, *, is_healthy=True):
         yield Charges(counts, FakeMaker(is_healthy=is_healthy), breaker, slots, Metrics(), most=5), counts, breaker
 
 
-def judged(charges, counts, answer, *, posted_at=0.0, is_alone=False):
+def judged(charges, counts, answer, *, id_="m", posted_at=0.0, is_alone=False):
     """What a message that was POSTed once, and answered so, is charged in fifths, and how often it was left open."""
-    [delivery] = charges.deliveries([Message("m", {"widget_id": "w"}, 0.0)])
+    [delivery] = charges.deliveries([Message(id_, {"widget_id": "w"}, 0.0)])
     assert charges.begin([delivery])
     delivery.answer = answer
     charges.judge([delivery], posted_at, is_alone=is_alone)
-    return counts.of(["m"])["m"].charged, counts.of(["m"])["m"].open
+    return counts.of([id_])[id_].charged, counts.of([id_])[id_].open
 
 
 CASES = [
@@ -70,6 +70,15 @@ def test_a_failure_is_charged_by_its_class_and_leaves_open_what_may_kill_the_mak
 ):
     with judging(tmp_path, is_healthy=is_healthy) as (charges, counts, _):
         assert judged(charges, counts, answer, is_alone=is_alone) == found
+
+
+def test_where_ten_different_messages_in_a_row_get_no_answer_in_the_lane_no_more_is_charged(tmp_path):
+    with judging(tmp_path) as (charges, counts, breaker):
+        found = [judged(charges, counts, CUT, id_=f"m{number}", is_alone=True) for number in range(12)]
+        assert [charged for charged, _ in found] == [5] * 9 + [0] * 3
+
+        breaker.passed(time.monotonic())
+        assert judged(charges, counts, CUT, id_="another", is_alone=True) == (5, 1)
 
 
 def test_a_wrong_answer_is_charged_a_fifth_where_another_message_passed_meanwhile(tmp_path):

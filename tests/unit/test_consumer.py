@@ -507,20 +507,6 @@ def test_receive_counts_that_cannot_be_read_now_end_nothing(make_rig):
     assert rig.error is None
 
 
-def test_a_maker_that_cuts_off_every_post_though_its_health_page_is_well_makes_no_dead_letter(make_rig):
-    rig = make_rig(slots=4)
-    ids = [f"w{number}" for number in range(15)]
-    rig.maker.answers = dict.fromkeys(ids, CUT)
-    rig.post(*ids)
-    with rig.running():
-        wait_until(lambda: rig.hurry() or rig.consumer.breaker.is_open)
-        wait_until(lambda: rig.hurry() or len(rig.maker.posted) > 150, 60)
-        assert rig.outcomes() == []
-        rig.maker.answers.clear()
-        wait_until(lambda: rig.hurry() or len(rig.outcomes()) == 15, 60)
-    assert {outcome for _, outcome in rig.outcomes()} == {"created"}
-
-
 def test_trouble_with_a_renewal_is_over_once_claims_end_well(make_rig):
     rig = make_rig(claim_ttl=15)  # renewed at the first look
     rig.queues.fails["renew"] = times(1, QueueUnavailable("down"))
