@@ -301,7 +301,11 @@ class Consumer:
 @click.option("--poll-interval", type=click.FloatRange(0.1, 20), default=2.0, help="Longest idle wait, in seconds.")
 @click.option("--response-ttl", type=MESSAGE_SECONDS, default=86_400, help="Seconds a response lives.")
 @click.option("--drain", is_flag=True, help="Exit once nothing is left, messages claimed by others included.")
-@click.option("--drain-timeout", type=click.FloatRange(1, 1_209_600), help="Seconds until a drain gives up (exit 3).")
+@click.option(
+    "--drain-timeout",
+    type=click.FloatRange(1, 1_209_600),
+    help="Seconds until a drain gives up (exit 3).  [default: never]",
+)
 @click.option("--receive-counts", type=FILE, help="File of this machine's receive counts.  [default: one of this user]")
 @click.option("--metrics-port", type=click.IntRange(1, 65_535), help="Serve metrics, health and a status page there.")
 @click.option("--metrics-host", default="127.0.0.1", help="Address for --metrics-port.")
@@ -355,6 +359,8 @@ def fitting(limits: Limits, given: dict[str, Any]) -> SimpleNamespace:
     """
     check_descriptors(given["slots"])
     found = SimpleNamespace(**given)
+    if found.drain_timeout and not found.drain:
+        raise ConfigError("--drain-timeout: there is no drain without --drain")
     if found.deadline > found.claim_ttl - 10:
         raise ConfigError(f"--deadline {found.deadline:g}: must be at most --claim-ttl less 10 seconds")
     if (found.claim_limit or 0) > limits.claim_limit:

@@ -205,7 +205,9 @@ def wants_page() -> bool:
 
 
 def parse_outage(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, float]:
-    start, _, seconds = value.partition(":")
+    start, colon, seconds = value.partition(":")
+    if not colon:
+        raise click.BadParameter(f"{value!r}: write START:SECONDS, such as 10:30", ctx, param)
     convert: Callable[..., float] = click.FloatRange(0, 1_000_000).convert
     return time.monotonic() + convert(start, param, ctx), convert(seconds, param, ctx)
 
@@ -219,7 +221,13 @@ def parse_outage(ctx: click.Context, param: click.Parameter, value: str) -> tupl
 @click.option("--fail-rate", type=click.FloatRange(0, 1), default=0.0, help="Fault: share of valid POSTs answered 500.")
 @click.option("--latency", type=click.FloatRange(0, 3600), default=0.0, help="Fault: seconds before such an answer.")
 @click.option("--fault-id", metavar="ID", multiple=True, help="Let these two faults strike only this widget id.")
-@click.option("--outage", callback=parse_outage, default="0:0", metavar="START:SECONDS", help="Fault: answer 503 then.")
+@click.option(
+    "--outage",
+    callback=parse_outage,
+    default="0:0",
+    metavar="START:SECONDS",
+    help="Fault: answer 503, from when, for how long (s).",
+)
 @logging_options
 def cli(host: str, port: int, database: Path | None, allowed_host: Sequence[str], **given: Any) -> None:
     """Serve the widget maker, and a page that shows what it has made, until SIGTERM or Ctrl-C."""
@@ -228,6 +236,8 @@ def cli(host: str, port: int, database: Path | None, allowed_host: Sequence[str]
     hosts = [each.lower() for each in (name, *allowed_host)]
     if not all(map(HOST.fullmatch, hosts)):
         raise ConfigError("--host and --allowed-host take host names or addresses without a port")
+    if given["fault_id"] and not (given["fail_rate"] or given["latency"]):
+        raise ConfigError("--fault-id: there is no fault without --fail-rate or --latency")
     fault_id = [each.lower() for each in given["fault_id"]]
     faults = Faults(given["fail_rate"], given["latency"], fault_id, given["outage"])
     signer = load_signer(given["signing_secret_file"], given["signing_secret_keyring"])

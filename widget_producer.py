@@ -118,7 +118,7 @@ def await_responses(
 @queue_options("request", "response")
 @click.option("--widget-id", metavar="ID", multiple=True, help="Id of the widget; may be repeated.  [default: random]")
 @click.option("--count", type=click.IntRange(1, 100_000_000), help="Submit so many requests with random ids: UUIDs v1.")
-@click.option("--ids-file", type=click.File("rb"), metavar="FILE", help="Submit a request a line; `-` is stdin.")
+@click.option("--ids-file", type=click.File("rb"), metavar="FILE", help="File with a widget id a line; `-` is stdin.")
 @click.option("--ttl", type=MESSAGE_SECONDS, default=3600, help="Seconds that a request may wait to be received.")
 @click.option("--wait", is_flag=True, help="Wait for each request's outcome; print WIDGET_ID OUTCOME [REASON].")
 @click.option("--timeout", type=click.FloatRange(0.1, 1_209_600), default=60.0, help="Seconds to wait with --wait.")
@@ -165,7 +165,8 @@ def cli(*, wait: bool, as_json: bool, **given: Any) -> int:
             for message_id, widget_id in pending.items():  # nothing that is stored goes unreported
                 note(as_line("no response yet:", message_id, widget_id))
     if pending:
-        note(f"error: {len(pending):,} without a response after {given['timeout']:g} s: is a consumer running?")
+        silent = f"{len(pending):,} without a response after {given['timeout']:g} s, still queued"
+        note(f"error: {silent}: is a consumer running?")
         return 3
     return 0 if outcomes <= {"created"} else 1
 

@@ -50,5 +50,6 @@ def open_queues(url: str) -> Queues:
     try:
         service: type[Queues] = getattr(import_module(f".{module}", __name__), name)
     except ImportError as error:
-        raise ConfigError(f"{scheme}:// needs {packages} ({error}): pip install '.[{scheme}]'") from error
+        how = f"make setup, or pip install '.[{scheme}]' in an environment of its own"
+        raise ConfigError(f"{scheme}:// needs {packages} ({error}): {how}") from error
     return service.from_url(url)

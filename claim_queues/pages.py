@@ -1,6 +1,7 @@
 """How pages are served, with one look: out of other web sites' reach, and until a block ends."""
 
 import logging
+import os
 import re
 import socket
 import threading
@@ -88,7 +89,9 @@ def serving(app: Flask, host: str, port: int, threads: int = 8) -> Iterator[None
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise OSError(f"cannot listen at {host} port {port}: {error.strerror}") from error
+        raise OSError(
+            f"cannot listen at {host} port {port}: {os.strerror(error.errno or 0)}: give another --port"
+        ) from error
     logging.getLogger("waitress").setLevel(logging.CRITICAL)  # it reports each client that goes away
     limits = {"threads": threads, "connection_limit": 500, "max_request_body_size": MOST_BODY_BYTES}
     server = waitress.create_server(app, sockets=[listener], asyncore_use_poll=True, ident=None, **limits)

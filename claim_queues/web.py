@@ -222,6 +222,6 @@ def serve(queues: Queues, names: dict[str, str], host: str, port: int, *, ttl: i
     watch.look()
     with serving(web.app, host, port):
         threading.Thread(target=watch.run, args=[stopped], daemon=True).start()
-        note(f"the queues are shown until Ctrl-C at {web.link}")
+        note(f"the queues are shown until Ctrl-C; open this once, in a browser of this machine: {web.link}")
         run_until_signal(stopped.wait, stopped.set)
         web.working.acquire(timeout=5)

@@ -54,6 +54,8 @@ class Drain:
                 log.info("waiting: messages are claimed or delayed", claimed=stats.claimed, delayed=stats.delayed)
             self._waits = True
             return False
-        now = time.monotonic()
+        now, seconds = time.monotonic(), self._queues.limits.approximate_s
+        if self._empty_since is None and seconds:
+            log.info("waiting: the service counts roughly, so the queue must stay empty", seconds=seconds)
         self._empty_since = self._empty_since or now
-        return now - self._empty_since >= self._queues.limits.approximate_s
+        return now - self._empty_since >= seconds

@@ -151,6 +151,9 @@ def test_a_queue_name_that_not_every_service_takes_is_refused(command: str, name
 @pytest.mark.parametrize(
     ("command", "options"),
     [
+        ("consumer", ["--drain-timeout", 5]),
+        ("maker", ["--fault-id", "x"]),
+        ("maker", ["--outage", 5]),
         ("producer", ["--count", "1", "--widget-id", "a"]),
         ("producer", ["--widget-id", "a", "--ids-file", "-"]),
         ("producer", ["--request-queue", "same", "--response-queue", "SAME", "--wait"]),

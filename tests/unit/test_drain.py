@@ -1,8 +1,11 @@
 """Drain: it waits for what others hold and for a maker that is away, and gives up where waiting does not help."""
 
 import time
+from dataclasses import replace
 
 import pytest
+from doubles.troubled_queues import TroubledQueues
+from structlog.testing import capture_logs
 
 from claim_queues.sqlite import SqliteQueues
 from widgets.breaker import Breaker
@@ -60,3 +63,16 @@ def test_it_is_over_when_nothing_is_left_neither_claimed_nor_delayed(queues):
 
     queues.purge("requests")
     assert drain.is_over(found=False)
+
+
+def test_where_the_service_counts_roughly_the_queue_must_stay_empty_which_is_said_once(queues, now):
+    rough = TroubledQueues(queues, replace(queues.limits, approximate_s=60))
+    drain = Drain(rough, "requests", None)
+    with capture_logs() as logs:
+        found = []
+        for _ in range(3):
+            found.append(drain.is_over(found=False))
+            now[0] += 30
+
+    assert found == [False, False, True]
+    assert [line["event"].partition(":")[0] for line in logs] == ["waiting"]

@@ -318,7 +318,7 @@ def test_a_timeout_is_exit_3_and_names_what_has_no_response(queues: SqliteQueues
     assert (ended.code, ended.out) == (3, "a created\n")
     assert ended.err.splitlines() == [
         f"no response yet: {posted(queues)[1][0]} b",
-        "error: 1 without a response after 0.1 s: is a consumer running?",
+        "error: 1 without a response after 0.1 s, still queued: is a consumer running?",
     ]
 
 
