@@ -151,7 +151,6 @@ def test_a_queue_name_that_not_every_service_takes_is_refused(command: str, name
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("consumer", ["--drain-timeout", 5]),
         ("maker", ["--fault-id", "x"]),
         ("maker", ["--outage", 5]),
         ("producer", ["--count", "1", "--widget-id", "a"]),
@@ -168,6 +167,10 @@ def test_a_queue_name_that_not_every_service_takes_is_refused(command: str, name
 def test_options_that_do_not_go_together_are_refused(command: str, options: list[str]) -> None:
     cli, words, _ = COMMANDS[command]
     assert_refused(run_command(cli, *words, *options))
+
+
+def test_a_drain_timeout_without_a_drain_is_refused() -> None:
+    assert_refused(run_command(COMMANDS["consumer"][0], "--drain-timeout", 5))
 
 
 # Files
