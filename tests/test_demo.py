@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import HERE, free_port, wait_until
+from support import HERE, free_port, tool_or_skip, wait_until
 
 
 def test_the_demo_shows_how_its_requests_end() -> None:
@@ -25,11 +25,14 @@ def test_the_demo_shows_how_its_requests_end() -> None:
 
 
 def test_make_run_makes_widgets_until_it_is_interrupted(tmp_path: Path) -> None:
+    make = tool_or_skip("make", package="make")
+    if not (HERE / ".venv" / "installed").exists():
+        pytest.skip("needs .venv (make setup)")
     port, log = free_port(), tmp_path / "log"
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
     env |= {"WIDGET_PORT": str(port), "WIDGET_MAKER_URL": f"http://127.0.0.1:{port}/widgets"}
     with log.open("wb") as out:
-        running = subprocess.Popen(["make", "run"], cwd=HERE, env=env, stdout=out, stderr=out, start_new_session=True)
+        running = subprocess.Popen([make, "run"], cwd=HERE, env=env, stdout=out, stderr=out, start_new_session=True)
     try:
         wait_until(lambda: re.search(r"producer.* created$", log.read_text(), re.M))
         os.killpg(running.pid, signal.SIGINT)
@@ -39,5 +42,6 @@ def test_make_run_makes_widgets_until_it_is_interrupted(tmp_path: Path) -> None:
     finally:
         if running.poll() is None:
             os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
     assert "unavailable" not in log.read_text()
     assert "Traceback" not in log.read_text()

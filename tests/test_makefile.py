@@ -7,7 +7,7 @@ from pathlib import Path
 
 import processes
 import pytest
-from support import HERE
+from support import HERE, tool_or_skip
 
 MAKEFILE = (HERE / "Makefile").read_text()
 SERVERS = re.findall(r"@((\S+/bin/python) tests/servers/(\w+)_server\.py (\d+).*>/dev/null)", MAKEFILE)
@@ -15,7 +15,7 @@ SERVERS = re.findall(r"@((\S+/bin/python) tests/servers/(\w+)_server\.py (\d+).*
 
 def test_make_alone_prints_every_target() -> None:
     (phony,) = re.findall(r"^\.PHONY: (.*)", MAKEFILE, re.M)
-    command = ["make", "--no-print-directory"]  # which it would do under `make test`
+    command = [tool_or_skip("make", package="make"), "--no-print-directory"]  # which it would do under `make test`
     printed = subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, text=True, check=True).stdout
     assert {line.split()[1] for line in printed.splitlines()} == set(phony.split())
 

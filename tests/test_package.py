@@ -61,11 +61,13 @@ def run(command: Path, *options: str, cwd: Path) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["widget-producer", "widget-consumer", "widget-maker", "claim-queues"])
 def test_the_wheel_brings_commands_that_work_anywhere(command: str, installed: Path, tmp_path: Path) -> None:
     assert run(installed / command, "--version", cwd=tmp_path) == (0, f"{command}, version 0.2.0\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("url", "extra", "package"),
     [
@@ -85,6 +87,7 @@ def test_a_service_without_its_packages_says_what_to_install(
     assert f"pip install '.[{extra}]'" in line
 
 
+@pytest.mark.slow
 def test_the_installed_maker_has_its_pages(installed: Path, tmp_path: Path) -> None:
     port = free_port()
     with subprocess.Popen(
@@ -99,6 +102,7 @@ def test_the_installed_maker_has_its_pages(installed: Path, tmp_path: Path) -> N
     assert maker.returncode == 0
 
 
+@pytest.mark.slow
 def test_the_installed_tool_has_its_page(installed: Path, tmp_path: Path) -> None:
     command = [installed / "claim-queues", "web", "--create", "--port", str(free_port())]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as tool:

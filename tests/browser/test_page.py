@@ -62,6 +62,7 @@ def assert_flawless(watched: Watched, url: str) -> None:
     assert watched.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [375, 1280])
 def test_every_page_is_flawless_at_each_width_and_colour_scheme(
@@ -96,6 +97,7 @@ def test_a_new_widget_shows_within_two_seconds_without_a_reload(
     assert_flawless(watched, running)
 
 
+@pytest.mark.slow
 def test_without_javascript_everything_is_shown_and_the_page_reloads_itself(
     running: str, open_page: Callable[..., Watched]
 ) -> None:
@@ -132,6 +134,7 @@ def test_hostile_text_is_shown_and_never_run(running: str, open_page: Callable[.
     assert [asked for asked in watched.requests if not asked.startswith(f"{running}/")] == []
 
 
+@pytest.mark.slow
 def test_the_list_holds_still_while_one_points_at_it_or_pauses(running: str, open_page: Callable[..., Watched]) -> None:
     page = open_page(f"{running}/").page
     pause, first = page.get_by_role("button", name="Pause"), page.locator("#list a").first
@@ -178,6 +181,7 @@ def test_everything_is_reached_by_the_tab_key_and_the_focus_is_seen(
     assert len(reached) == len(set(reached))
 
 
+@pytest.mark.slow
 def test_the_page_says_that_the_maker_is_gone_and_goes_on_when_it_is_back(
     tmp_path: Path, open_page: Callable[..., Watched]
 ) -> None:

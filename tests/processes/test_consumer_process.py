@@ -221,6 +221,7 @@ def test_a_message_that_kills_its_consumer_is_posted_max_receives_times_and_take
     assert rig.outcomes() == {"killer": "failed"} | dict.fromkeys(["w0", *numbered("x", 8)], "created")
 
 
+@pytest.mark.slow
 def test_a_message_that_kills_the_maker_becomes_a_dead_letter_and_takes_no_other_along(rig: Rig) -> None:
     rig.post("w0", "killer", *numbered("x", 18))
 

@@ -97,6 +97,7 @@ def test_a_backend_that_is_gone_behind_a_balancer_costs_no_request(rig: Rig) -> 
     assert rig.outcomes() == dict.fromkeys(ids, "created")
 
 
+@pytest.mark.slow
 def test_retry_after_is_obeyed_in_both_forms_at_every_failure(rig: Rig) -> None:
     rig.post("w")
     answers = iter(
@@ -237,6 +238,7 @@ def test_neither_netrc_nor_proxies_nor_kubernetes_change_where_and_how_requests_
 # Some messages fail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0, 1.1])
 def test_good_messages_behind_many_bad_ones_are_made_meanwhile(rig: Rig, seconds: float) -> None:
     good = numbered("good", 10)

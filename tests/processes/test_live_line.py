@@ -76,6 +76,7 @@ def terminal(rig: Rig, *options: object, **how: Any) -> Iterator[Terminal]:
         running.end()
 
 
+@pytest.mark.slow
 def test_a_live_line_tells_depth_and_outcomes_of_the_same_moment_under_a_whole_log(rig: Rig) -> None:
     def answer(post: Post) -> Any:
         time.sleep(0.06)

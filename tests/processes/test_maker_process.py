@@ -212,6 +212,7 @@ def test_a_full_disk_is_answered_503_and_the_page_can_be_read(tmp_path: Path) ->
         assert "Traceback" not in maker.err
 
 
+@pytest.mark.slow
 def test_a_file_that_another_process_keeps_locked_is_answered_503_and_ends_nothing(tmp_path: Path) -> None:
     with widget_maker(tmp_path) as (url, maker), ThreadPoolExecutor(8) as pool:
         with closing(apsw.Connection(str(tmp_path / "widgets.sqlite3"))) as other_process:

@@ -65,6 +65,7 @@ def test_who_shares_the_secret_gets_widgets_and_others_lose_nothing(place: Place
         assert (sorted(widgets(url)), place.outcomes()) == (IDS, ["created"] * len(IDS))
 
 
+@pytest.mark.slow
 def test_the_secret_is_changed_while_all_goes_on(place: Place) -> None:
     old, both = place.secrets("old", OLD_SECRET), place.secrets("both", SECRET, OLD_SECRET)
     new = place.secrets("new", SECRET)

@@ -196,6 +196,7 @@ class EmbeddedQueue(RuleBasedStateMachine):
         return found
 
 
+@pytest.mark.slow
 def test_every_history_is_as_the_model_has_it(tmp_path: Path) -> None:
     examples = int(os.environ.get("MODEL_EXAMPLES", "80"))
     run_state_machine_as_test(

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import click
+import pytest
 from support import HERE
 
 from . import endurance, fuzz, kills, makers, outages, storage
@@ -38,7 +39,7 @@ def main(only: str, scale: float) -> None:
         started = time.monotonic()
         try:
             result = campaign.run(scale)
-        except AssertionError as error:
+        except (AssertionError, pytest.skip.Exception) as error:
             result = Result({}, [str(error)[-1000:]])
         figures = shown(result.figures | {"minutes": round((time.monotonic() - started) / 60, 1)})
         click.echo(f"{campaign.name}: {figures}")

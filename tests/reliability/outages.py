@@ -12,7 +12,7 @@ import processes
 from doubles.scripted_maker import Post, Reply
 from support import wait_until
 
-from claim_queues.sqs import SqsQueues
+from claim_queues import Queues
 
 from .checker import Evidence, check
 from .world import (
@@ -67,6 +67,8 @@ def _without_maker(made: World, scale: float, consumers: int, left: Callable[[],
 
 def outage_on_sqs(scale: float) -> Result:
     """The same on SQS, two consumers that share no state. Fewer requests: moto takes longer for each that it holds."""
+    from claim_queues.sqs import SqsQueues
+
     ids = widget_ids(scaled(2_000, scale))
     with (
         world() as made,
@@ -87,7 +89,7 @@ def outage_on_sqs(scale: float) -> Result:
     return Result(*found).plus(seconds_until_all_was_made=took)
 
 
-def _taken(queues: SqsQueues, queue: str) -> dict[str, Any]:
+def _taken(queues: Queues, queue: str) -> dict[str, Any]:
     """All that is free in a queue, which cannot be browsed."""
     found: dict[str, Any] = {}
     while claim := queues.claim(queue, ttl=3600, grace=60, limit=10):

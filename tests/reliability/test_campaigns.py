@@ -84,6 +84,7 @@ def test_a_row_of_the_report_is_replaced_or_added_at_the_end_of_the_table():
     assert with_row(once, stops, ["n 1"]) == once.replace("4 |\n", "4 |\n| stops | it works | n 1 |\n")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_each_campaign_runs_at_a_tiny_scale_and_keeps_its_promises():
     def run(name):

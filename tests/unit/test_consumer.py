@@ -433,6 +433,7 @@ def test_a_claim_is_looked_at_once_more_before_a_post_in_the_lane(make_rig):
     assert not rig.maker.posted
 
 
+@pytest.mark.slow
 def test_settling_is_given_up_ten_seconds_after_a_stop_and_charges_nothing(make_rig, monkeypatch):
     rig = make_rig()
     rig.queues.fails["settle"] = lambda: QueueUnavailable("gone")

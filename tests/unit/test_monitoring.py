@@ -160,6 +160,7 @@ def test_what_is_in_flight_is_held_and_waits_for_its_slot(bench: Bench) -> None:
         bench.maker.release()
 
 
+@pytest.mark.slow
 def test_an_outage_of_the_maker_is_told_with_its_reasons_and_is_no_cause_to_restart(bench: Bench) -> None:
     bench.post(*map(str, range(12)))
     with bench.watched(), bench.working():

@@ -153,6 +153,7 @@ class TestFile:
         with pytest.raises(StoreError, match="removed or replaced"):
             look(queues)
 
+    @pytest.mark.slow
     def test_a_file_that_another_process_keeps_locked_is_unavailable_for_writes_only(self, path, queues):
         queues.post("requests", ["kept"])
         with direct(path) as other:

@@ -302,6 +302,7 @@ def test_a_new_file_that_another_process_uses_for_a_moment_is_waited_for(path, u
         assert opening.result(30) == []
 
 
+@pytest.mark.slow
 def test_a_new_file_that_another_process_does_not_leave_is_unavailable(path):
     with closing(apsw.Connection(str(path))) as other:
         other.execute("BEGIN; SELECT * FROM sqlite_schema")
