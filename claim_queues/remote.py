@@ -63,6 +63,7 @@ class RemoteQueues(Queues):
         raise_obstacle(failed.values())
         deleted = claim.deleted.intersection(each.message.id for each in settlements)
         claim.drop(deleted)
+        claim.deleted -= deleted
         return Settled(frozenset(deleted), {id_: e for id_, e in failed.items() if isinstance(e, MessageRefused)})
 
     def stop_waiting(self) -> None:
