@@ -261,7 +261,9 @@ def _share(count: int, seconds: float, consumers: int, slots: int, spare_s: floa
         made.post_ids(widget_ids(count))
         started = time.monotonic()
         wait_until(lambda: made.stats(RESPONSES).total >= count, 400)
-        took, shares = since(started), sorted(len(run.events("created")) for run in running)
+        took = since(started)
+        wait_until(lambda: sum(len(run.events("created")) for run in running) == count)  # each logs what is stored
+        shares = sorted(len(run.events("created")) for run in running)
         figures: dict[str, Any] = {f"shares of {count}": "/".join(map(str, shares)), f"seconds for {count}": took}
         most = seconds * -(-count // (consumers * slots)) + spare_s
         late = f"{count} took {took} s, not {most:g}" if took > most else ""
