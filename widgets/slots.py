@@ -65,7 +65,7 @@ class Slots:
             return 0
 
     def claimed(self, asked: int, messages: int) -> None:
-        """So many came of those that were asked for; a `submit` or `ended` follows for each of them."""
+        """So many of those that were asked for were claimed; a `submit` or `ended` follows for each of them."""
         with self._lock:
             self._asking -= 1
             self._askers = min(self._count, self._askers + 1) if messages == asked else 1

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import keyring
 from keyring.backend import KeyringBackend
 from keyring.backends.chainer import ChainerBackend
+from keyring.errors import PasswordSetError
 
 USER = "tester"
 KEY = "canary-5f0c7d1e9ab24c68"
@@ -16,7 +17,7 @@ class _Double(KeyringBackend):
     priority = -2  # keyring never finds it by itself
 
     def set_password(self, service: str, username: str, password: str) -> None:
-        raise NotImplementedError
+        raise PasswordSetError("this keyring holds what it holds")
 
 
 class Keyring(_Double):
