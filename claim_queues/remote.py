@@ -90,7 +90,7 @@ class RemoteQueues(Queues):
         return failed
 
     def _store(self, queue: str, documents: Sequence[str]) -> list[Stored]:
-        """The id or the error of each document. After an error that is no refusal of one of them, nothing more is sent."""
+        """The id or the error of each document. After an error that is no refusal of one, nothing more is sent."""
         results: list[Stored] = []
         most = self.limits.post_limit
         while rest := documents[len(results) :]:
