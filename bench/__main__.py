@@ -24,12 +24,22 @@ from .stage import BENCH, DIRECTORY, ROOT, Contestant, prepare
 LEAST_ROUNDS = 3
 LOOPS = ("loop-http-client", "loop-urllib3", "wrk")
 SERVICES = ("ours-sqs", "ours-zaqar", "ours-rackspace", "sqs-consumer")
+AWAY = (
+    *("ours-64", "ours-sqs-16", "ours-sqs-64", "ours-sqs-128", "ours-sqs-64-two", "ours-zaqar-64", "ours-rackspace-64"),
+    *("sqs-consumer-70", "sqs-consumer-160", "loop-boto3-64", "taskiq-64", "dramatiq-64"),
+)
+LIGHT = tuple(f"ours-{service}-at-{rate}" for service in ("zaqar", "rackspace") for rate in (50, 10, 1))
+SCALE = tuple(f"ours-sqs-x{processes}" for processes in (1, 2, 4, 8))
 PEERS = ("taskiq", "celery", "dramatiq", "rq", "huey")
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., Record]]] = {
     "pinned": (("ours", "ours-batch", *SERVICES, *PEERS, *LOOPS), runs.drain),
     "own-maker": (("ours", "ours-batch", "taskiq", *LOOPS), partial(runs.drain, maker="own")),
     "two": (("ours", "taskiq"), partial(runs.drain, processes=2)),
+    "near": (AWAY, partial(runs.drain, away_ms=(10, 20))),
+    "far": (AWAY, partial(runs.drain, away_ms=(30, 100))),
     "latency": (("ours", "loop-embedded", "taskiq"), runs.latency),
+    "light": (LIGHT, partial(runs.latency, seconds=20, away_ms=(0, 0))),
+    "scale": (SCALE, partial(runs.drain, away_ms=(10, 100))),
     "queues": (("ours", "huey-synced", "litequeue", "persist-queue"), runs.queue_operations),
 }
 """Whom each compares, and how one of them is measured."""
@@ -39,8 +49,12 @@ def read_contestants() -> dict[str, Contestant]:
     """By name."""
     found = tomllib.loads((BENCH / "contestants.toml").read_text())
     services = found["services"] | {"": {}}
-    contestants = found["contestants"].items()
-    return {n: Contestant(name=n, **one | {"service": services[one.get("service", "")]}) for n, one in contestants}
+    contestants = {}
+    for name, one in found["contestants"].items():
+        all_of_it = found["contestants"].get(one.pop("like", ""), {}) | one
+        service = services[all_of_it.get("service", "")]
+        contestants[name] = Contestant(name=name, **all_of_it | {"service": service})
+    return contestants
 
 
 def measure(table: str, names: Sequence[str], rounds: int, count: int) -> list[Record]:

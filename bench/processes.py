@@ -51,6 +51,9 @@ class Process:
             time.sleep(0.02)
         raise RuntimeError(f"nothing listens on port {port}")
 
+    def signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
     def end(self) -> None:
         """End it, and all of its session."""
         for number in (signal.SIGTERM, signal.SIGKILL):

@@ -20,13 +20,21 @@ WARM_S = 1.0
 """So much of the latency's trickle is not counted."""
 
 
-def drain(contestant: Contestant, count: int, *, processes: int = 1, maker: str = "stand-in") -> Record:
+def drain(
+    contestant: Contestant,
+    count: int,
+    *,
+    processes: int = 1,
+    maker: str = "stand-in",
+    away_ms: tuple[int, int] | None = None,
+) -> Record:
     """Load a queue, then let the contestant drain it; two processes are not pinned to a core."""
     count = min(count, contestant.count or count)
-    with stage(contestant, maker=maker, is_pinned=processes == 1) as on:
+    with stage(contestant, maker=maker, is_pinned=processes == 1, away_ms=away_ms) as on:
         ids = on.write_ids(count)
         if contestant.program:
             on.fill(contestant.program, "load")
+        on.begin()
         started_at = time.time()
         worker = on.spawn(contestant.drain if processes == 1 else contestant.two)
         try:
@@ -38,21 +46,30 @@ def drain(contestant: Contestant, count: int, *, processes: int = 1, maker: str 
             record: Record = {"rss_mib": worker.rss_mib()} if is_running else {}
         finally:
             worker.end()
+        if requests := on.requests():
+            record["requests"] = requests / count
+        if maker == "stand-in":
+            shares = on.maker.shares()
+            record["least_share"] = min(shares) / statistics.mean(shares)
         widgets, answers = on.maker.made()
+        made_at = sorted(widgets.values())
+        middle = made_at[count // 10 : count - count // 10]
         return record | {
-            "per_s": (count - 1) / (max(widgets.values()) - min(widgets.values())),
+            "per_s": (count - 1) / (made_at[-1] - made_at[0]),
+            "middle_per_s": (len(middle) - 1) / (middle[-1] - middle[0]),
             "cpu_us": (cpu_s[0] - early_s[0]) / max(1, made - early) * 1e6,
             "service_cpu_us": (cpu_s[1] - early_s[1]) / max(1, made - early) * 1e6,
-            "first_s": min(widgets.values()) - started_at,
+            "first_s": made_at[0] - started_at,
             "once": set(widgets) == set(ids) and answers == count,
         }
 
 
-def latency(contestant: Contestant, _: int, *, per_s: int = 50, seconds: int = 10) -> Record:
+def latency(contestant: Contestant, _: int, *, seconds: int = 10, away_ms: tuple[int, int] | None = None) -> Record:
     """Serve requests that come one by one; from just before the post of each until its widget's answer leaves."""
-    warm = int(per_s * WARM_S)
-    count = per_s * seconds + warm
-    with stage(contestant, BENCH_RATE=str(per_s)) as on:
+    with stage(contestant, away_ms=away_ms) as on:
+        per_s = float(on.env["BENCH_RATE"])
+        warm = max(1, int(per_s * WARM_S))
+        count = int(per_s * seconds) + warm
         worker = on.spawn(contestant.drain)
         try:
             first = on.write_ids(1)
@@ -62,9 +79,10 @@ def latency(contestant: Contestant, _: int, *, per_s: int = 50, seconds: int = 1
             time.sleep(IDLE_S)
             idle_percent = (worker.cpu_s() - cpu_from) / (time.monotonic() - idle_from) * 100
             ids, cpu_from = on.write_ids(count), worker.cpu_s()
+            on.begin()
             on.fill(contestant.program, "produce")
             _wait_for(on.maker, 1 + count, worker)
-            cpu_s = worker.cpu_s() - cpu_from
+            cpu_s, requests = worker.cpu_s() - cpu_from, on.requests()
         finally:
             worker.end()
         made, answers = on.maker.made()
@@ -74,6 +92,7 @@ def latency(contestant: Contestant, _: int, *, per_s: int = 50, seconds: int = 1
     return {
         "p50_ms": statistics.median(took_ms),
         "p99_ms": took_ms[int(len(took_ms) * 0.99)],
+        "requests_per_s": max(0, requests - count) / (count / per_s),  # without the posts
         "cpu_us": cpu_s / count * 1e6,
         "idle_percent": idle_percent,
         "once": set(made) == {*first, *ids} and answers == 1 + count,

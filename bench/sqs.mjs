@@ -16,7 +16,7 @@ const sqs = new SQSClient({
 const ids = () => readFileSync(env.BENCH_IDS, "utf8").trim().split("\n");
 const headers = { "content-type": "application/json" };
 
-const dispatcher = new Agent({ connections: 16 });
+const dispatcher = new Agent({ connections: 160 });
 async function post(widgetId) {
   const response = await request(env.BENCH_MAKER_URL, { method: "POST", headers, dispatcher, body: JSON.stringify({ widget_id: widgetId }) });
   await response.body.text();
@@ -44,7 +44,7 @@ if (command === "create") {
   }
   out.end();
 } else if (command === "consume") {
-  for (let number = 0; number < 2; number++) {
+  for (let number = 0; number < (env.BENCH_CONSUMERS ?? 2); number++) {
     const consumer = Consumer.create({
       queueUrl, sqs, batchSize: 10, waitTimeSeconds: 20, suppressFifoWarning: true,
       handleMessage: async (message) => { await post(message.Body); return message; },

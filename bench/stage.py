@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import urllib.request
 import uuid
 from collections.abc import Iterable, Iterator
@@ -26,7 +28,7 @@ MAKER_CORE, CONTESTANT_CORE = "0", "1"
 MAKER_PORT = 5092
 MAKER_URL = f"http://127.0.0.1:{MAKER_PORT}"
 MAKERS = {
-    "stand-in": f"exec $PYTHON $PROGRAMS/maker.py {MAKER_PORT}",
+    "stand-in": f"exec $PYTHON $PROGRAMS/maker.py {MAKER_PORT} $BENCH_POST_MS",
     "own": f"exec $PYTHON $ROOT/widget_maker.py --port {MAKER_PORT} --database $BENCH_DIR/widgets --log-level warning",
 }
 POSTS = re.compile(r'^widget_maker_posts_total\{outcome="\w+"\} (\S+)$', re.MULTILINE)
@@ -67,10 +69,14 @@ class Maker:
         """When each widget was made, in UTC seconds, and how many requests for widgets were answered with one."""
         if not self._database:
             found = json.loads(_get("/made"))
-            return found["made"], found["answers"]
+            return found["made"], sum(found["answers"].values())
         rows = self._database.execute("SELECT id, created_at FROM widget")
         made = {id_: datetime.fromisoformat(created_at).timestamp() for id_, created_at in rows}
         return made, round(sum(map(float, POSTS.findall(_get("/metrics")))))
+
+    def shares(self) -> list[int]:
+        """How many each consumer had made, where each POSTs to a URL with a query of its own."""
+        return list(json.loads(_get("/made"))["answers"].values())
 
     def stop(self) -> None:
         if self._database:
@@ -87,6 +93,18 @@ class Stage:
     log: Any
     maker: Maker
     service: Process | None
+    delay: Process | None
+
+    def begin(self) -> None:
+        """From now on the service is a network away, where it is to be."""
+        if self.delay:
+            self.delay.signal(signal.SIGUSR1)
+            time.sleep(0.2)
+
+    def requests(self) -> int:
+        """How many the service got since then."""
+        time.sleep(0.2)  # they are written ten times a second
+        return int((DIRECTORY / "requests").read_text()) if self.delay else 0
 
     def spawn(self, command: str, core: str | None = None) -> Process:
         """Start a command; core: another than the contestant's own."""
@@ -105,23 +123,42 @@ class Stage:
 
 
 @contextlib.contextmanager
-def stage(contestant: Contestant, *, maker: str = "stand-in", is_pinned: bool = True, **more: str) -> Iterator[Stage]:
-    """Set up one run. is_pinned: the maker has one core, the contestant and its service share the other."""
-    service = contestant.service
-    env = fresh_directory() | service.get("variables", {}) | contestant.variables | more
+def stage(
+    contestant: Contestant,
+    *,
+    maker: str = "stand-in",
+    is_pinned: bool = True,
+    away_ms: tuple[int, int] | None = None,
+) -> Iterator[Stage]:
+    """Set up one run. is_pinned: the maker has one core, the contestant and its service share the other.
+
+    away_ms: the network's share of a request to the service, and how long a POST takes; the service then has the
+    maker's core, so that the contestant has one of its own.
+    """
+    service, (service_ms, post_ms) = contestant.service, away_ms or (0, 0)
+    env = fresh_directory() | {"BENCH_POST_MS": str(post_ms)} | service.get("variables", {}) | contestant.variables
     core = CONTESTANT_CORE if is_pinned else None
+    maker_core = MAKER_CORE if is_pinned else None
     with (DIRECTORY / "log").open("w") as log, contextlib.ExitStack() as closing:
-        running = Maker(maker, env, MAKER_CORE if is_pinned else None, log)
+        running = Maker(maker, env, maker_core, log)
         closing.callback(running.stop)
-        process = None
+        process = delay = None
         if service:
-            require_free_port(service["port"])
-            process = Process(service["start"], env, core, log)
+            port = inner_port = service["port"]
+            require_free_port(port)
+            if away_ms:
+                inner_port = port + 1
+                delay = Process(
+                    f"exec $PYTHON $PROGRAMS/delay.py {port} {inner_port} {service_ms}", env, maker_core, log
+                )
+                closing.callback(delay.end)
+            command, service_core = service["start"], maker_core if away_ms else core
+            process = Process(command, env | {"BENCH_PORT": str(inner_port)}, service_core, log)
             closing.callback(process.end)
-            process.wait_for_port(service["port"])
+            process.wait_for_port(inner_port)
             if "setup" in service:
                 subprocess.run(["bash", "-c", service["setup"]], env=env, check=True, stdout=log, stderr=log)
-        yield Stage(env, core, log, running, process)
+        yield Stage(env, core, log, running, process, delay)
 
 
 def fresh_directory() -> dict[str, str]:
@@ -142,6 +179,7 @@ def fresh_directory() -> dict[str, str]:
         "BENCH_IDS": str(DIRECTORY / "ids"),
         "BENCH_PRODUCED": str(DIRECTORY / "produced"),
         "BENCH_MAKER_URL": f"{MAKER_URL}/widgets",
+        "BENCH_RATE": "50",
         "OURS": f"{sys.executable} {ROOT / 'widget_consumer.py'}",
         "WIDGET_QUEUE_URL": f"sqlite:///{DIRECTORY / 'queues.sqlite3'}",
         "WIDGET_MAKER_URL": f"{MAKER_URL}/widgets",

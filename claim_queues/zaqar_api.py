@@ -4,11 +4,13 @@ What looks odd here follows from what Zaqar 18.0.0 and 23.0.1 were seen to do.
 """
 
 import json
+import math
 import os
 import re
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
@@ -24,11 +26,14 @@ from .remote import RemoteQueues, is_here
 REQUEST_BYTES = 262_144  # of a whole POST; one byte more is HTTP 400
 LONGEST_TTL_S = 1_209_600
 PAGE = 20  # most messages of a list, and most queues of one
-FIRST_PAUSE_S = 0.1  # between looks of a wait
+FIRST_RATE, LEAST_RATE = 10.0, 1e-6  # messages a second: what a first wait expects
+RECENT_S = 2.0  # so long, about, a message counts towards their rate
+LOOK_S = 0.5  # between looks of a wait, for one message a second
 TIMEOUT_S = (5.0, 30.0)  # to connect, and between two bytes of an answer
 THREADS = 64  # so many may ask at once, each over a connection that is kept
 LONGEST_RETRY_AFTER_S = 3600.0
 
+Found = tuple[tuple[Message, ...], str]  # and the id of their claim, or the next marker
 T = TypeVar("T")
 Answer = requests.Response
 Refusals = Mapping[int, type[errors.QueuesError]]  # by HTTP status
@@ -89,7 +94,9 @@ class ZaqarApi(RemoteQueues):
         self.address, self.credentials = address, credentials
         self.request_room = REQUEST_BYTES - len("".join(self.around)) + 1  # the last takes no comma
         self._http = http
-        self._pauses: dict[str, float] = {}
+        self._looks: dict[
+            str, tuple[float, float, float]
+        ] = {}  # by queue: when the next and the last, messages a second
 
     @abstractmethod
     def _send(self, method: str, path: str, **options: Any) -> Answer:
@@ -100,13 +107,9 @@ class ZaqarApi(RemoteQueues):
 
     def claim(self, queue: str, *, ttl: int, grace: int, limit: int, wait: float = 0) -> Claim | None:
         request, terms = f"POST /queues/{queue}/claims?limit={limit}", json.dumps({"ttl": ttl, "grace": grace})
-
-        def look() -> Claim | None:
-            asked_at = time.monotonic()
-            messages, id_ = self._ask("claim from", queue, request, _messages, data=terms)
-            return Claim(id_, queue, ttl, grace, messages, expiry(asked_at, ttl)) if messages else None
-
-        return self._look(queue, wait, look)
+        ask = partial(self._ask, "claim from", queue, request, _messages, data=terms)
+        messages, id_, asked_at = self._look(queue, limit, wait, ask)
+        return Claim(id_, queue, ttl, grace, messages, expiry(asked_at, ttl)) if messages else None
 
     def renew(self, claim: Claim) -> None:
         asked_at = time.monotonic()
@@ -122,12 +125,9 @@ class ZaqarApi(RemoteQueues):
     def browse(self, queue: str, *, after: str = "", limit: int = 20, wait: float = 0) -> tuple[list[Message], str]:
         shown = {"echo": "true", "include_claimed": "true", "include_delayed": "true"}
         query = {"marker": after or "-1", "limit": min(limit, PAGE), **shown}  # the Redis driver needs a marker
-
-        def look() -> tuple[list[Message], str] | None:
-            messages, marker = self._ask("browse", queue, f"GET /queues/{queue}/messages", _messages, params=query)
-            return (list(messages), marker) if messages else None
-
-        return self._look(queue, wait, look) or ([], after)
+        ask = partial(self._ask, "browse", queue, f"GET /queues/{queue}/messages", _messages, params=query)
+        messages, marker, _ = self._look(queue, min(limit, PAGE), wait, ask)
+        return list(messages), marker or after
 
     def delete(self, queue: str, ids: Sequence[str]) -> None:
         """In a request each: the bulk delete removes claimed messages too."""
@@ -150,19 +150,27 @@ class ZaqarApi(RemoteQueues):
         self.stop_waiting()
         self._http.close()
 
-    def _look(self, queue: str, wait: float, look: Callable[[], T | None]) -> T | None:
-        """Until something is found or the wait is over: neither API has a long poll.
+    def _look(self, queue: str, limit: int, wait: float, ask: Callable[[], Found]) -> tuple[*Found, float]:
+        """What is found within the wait, and when that was asked for (monotonic): neither API has a long poll.
 
-        Pauses double, from one wait to the next too, up to a whole wait.
+        For twice the messages a second it looks 1.4 times as often: so neither their delay nor the requests run away.
+        After as many messages as it asked for it looks at once.
         """
-        deadline = time.monotonic() + wait
-        while not (found := look()):
-            pause, left = self._pauses.get(queue, FIRST_PAUSE_S), deadline - time.monotonic()
-            self._pauses[queue] = min(2 * pause, max(wait, FIRST_PAUSE_S))
-            if left <= 0 or self._stopped.wait(min(pause, left)) or left <= pause:
-                return None
-        self._pauses.pop(queue, None)
-        return found
+        asked_at, deadline = 0.0, time.monotonic() + wait
+        while True:
+            now = time.monotonic()
+            next_at, looked_at, rate = self._looks.get(queue, (now, now, FIRST_RATE))
+            pause = min(next_at, looked_at + wait) - now
+            is_over = self._stopped.wait(max(0, min(pause, deadline - now))) or now + pause > deadline
+            if is_over and asked_at:
+                return (), "", asked_at
+            asked_at = time.monotonic()
+            found = ask()
+            rate = max(LEAST_RATE, rate * math.exp((looked_at - asked_at) / RECENT_S) + len(found[0]) / RECENT_S)
+            pause = LOOK_S / math.sqrt(rate) if len(found[0]) < limit else 0.0
+            self._looks[queue] = asked_at + pause, asked_at, rate
+            if found[0]:
+                return *found, asked_at
 
     def _ask(
         self, doing: str, queue: str, request: str, read: Callable[[Answer], T], also: Refusals = REFUSALS, **query: Any
@@ -245,7 +253,7 @@ def retry_after_s(answer: Answer) -> float:
     return min(float(text), LONGEST_RETRY_AFTER_S) if text.isdecimal() else 0.0
 
 
-def _messages(answer: Answer) -> tuple[tuple[Message, ...], str]:
+def _messages(answer: Answer) -> Found:
     """Those of a claim, and its id; or those of a list, and the next marker. Both are empty where there is none.
 
     A body that holds NaN, which Zaqar stores, is given as text.

@@ -1,6 +1,7 @@
 """The least that does the work, without retries, renewals or counts.
 
 loops.py embedded                          claim from the embedded queue, POST with http.client and settle, one by one
+loops.py sqs THREADS                       each receives from SQS, POSTs one by one and deletes what it received
 loops.py http_client|urllib3 THREADS       no queue: each thread POSTs its share of the ids over a kept-alive connection
 """
 
@@ -64,6 +65,23 @@ def embedded():
                 queues.settle(claim, [Settlement(message) for message in claim.messages])
 
 
+def sqs(_):
+    url = os.environ["BENCH_SQS_QUEUE_URL"]
+    while True:
+        messages = client.receive_message(QueueUrl=url, MaxNumberOfMessages=10, WaitTimeSeconds=20).get("Messages", [])
+        for message in messages:
+            common.post_widget(message["Body"])
+        if messages:
+            entries = [{"Id": str(n), "ReceiptHandle": each["ReceiptHandle"]} for n, each in enumerate(messages)]
+            client.delete_message_batch(QueueUrl=url, Entries=entries)
+
+
+if sys.argv[1] == "sqs":
+    import boto3
+    from botocore.config import Config
+
+    config = Config(max_pool_connections=int(sys.argv[2]))
+    client = boto3.client("sqs", "us-east-1", endpoint_url=os.environ["BENCH_SQS_URL"], config=config)
 if sys.argv[1] == "embedded":
     embedded()
 else:

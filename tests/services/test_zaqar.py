@@ -312,18 +312,24 @@ def test_a_body_that_holds_nan_is_given_as_text(queues, queue, proxy):
     assert bodies(claim_of(queues, queue)) == [1, '{"n": NaN}', "good"]
 
 
-def test_the_pauses_of_a_wait_grow_up_to_a_whole_wait_and_begin_again_after_a_message(queues, queue, proxy):
-    assert queues.claim(queue, **TERMS, limit=1, wait=2) is None
-    assert 3 <= len(proxy.asked()) <= 6  # at 0, 0.1, 0.3, 0.7 and 1.5 s
+def test_a_wait_looks_less_often_the_longer_nothing_comes(queues, queue, proxy):
+    looks = []
+    for _ in range(5):
+        assert queues.claim(queue, **TERMS, limit=1, wait=2) is None
+        looks.append(len(proxy.asked()))
+    assert 5 <= looks[0] <= 12  # a first one expects ten messages a second
+    assert looks[-1] <= 2
 
-    assert queues.claim(queue, **TERMS, limit=1, wait=2) is None
-    assert len(proxy.asked()) <= 2  # at 0, and at its end
 
-    queues.post(queue, [1])
-    assert queues.claim(queue, **TERMS, limit=1, wait=2)
-    proxy.requests.clear()
-    assert queues.claim(queue, **TERMS, limit=1, wait=2) is None
-    assert len(proxy.asked()) >= 3
+def test_a_wait_looks_more_often_the_more_came_but_not_at_once(queues, queue, proxy):
+    looks = []
+    for messages in (1, 19):
+        queues.post(queue, [1] * messages)
+        assert queues.claim(queue, **TERMS, limit=20, wait=2)
+        proxy.requests.clear()
+        assert queues.claim(queue, **TERMS, limit=20, wait=2) is None
+        looks.append(len(proxy.asked()))
+    assert 1 <= looks[0] < looks[1] < 30
 
 
 # Renewing, settling
