@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,10 @@ from claim_queues import ConfigError, QueuesError
 from claim_queues.cli import Command, configure_logging, logging_options, one_line, run_until_signal, state_path
 from claim_queues.pages import Refused, create_app, serve_metrics, serving
 from widgets.signing import Signer, load_signer, signing_options
-from widgets.store import Widget, Widgets
+from widgets.store import Origin, Widget, Widgets
 
-MOST_BODY_BYTES, MOST_BATCH_BYTES, PAGE = 65_536, 20 * 65_536, 20
+MOST_BODY_BYTES, MOST_BATCH_BYTES, PAGE = 65_536, 20 * 65_536, 24
+UNITS = (86_400, "d"), (3600, "h"), (60, "min"), (0, "s")
 HOST = re.compile(r"\[[0-9a-f:.]+\]|[a-z0-9._-]+")
 ERROR_HEADERS = {401: {"WWW-Authenticate": "StandardWebhooks"}, 503: {"Retry-After": "1"}}
 
@@ -70,6 +72,7 @@ class Maker:
         self._played = counter("faults", "Faults played", ["fault"])
         self.app = app = create_app("widgets", hosts, {"Widget-Maker": "1"})  # a consumer believes its rejections
         serve_metrics(app, self._registry)
+        app.jinja_env.filters["ago"] = ago
         app.jinja_env.globals["chooser"] = lambda widget_id: random.Random(widget_id).choice  # noqa: S311
         app.register_error_handler(HTTPException, self.answer_error)
         app.register_error_handler(QueuesError, self.answer_error)
@@ -83,12 +86,17 @@ class Maker:
         app.get("/openapi.json", endpoint="description")(partial(app.send_static_file, "openapi.json"))
 
     def create_one(self) -> Any:
-        return self._create([self._read(MOST_BODY_BYTES)])[0]
+        content, told = self._read(MOST_BODY_BYTES), request.headers.get
+        origin = as_origin(told("Idempotency-Key"), told("X-Message-Receive-Count"), told("X-Message-Age"))
+        return self._create([(content, origin)])[0]
 
     def create_batch(self) -> Any:
         content = self._read(MOST_BATCH_BYTES)
         try:
-            batch = {item["message_id"]: item["request"] for item in content}
+            batch = {
+                item["message_id"]: (item["request"], as_origin(*map(item.get, ("message_id", "receive_count", "age"))))
+                for item in content
+            }
         except (KeyError, TypeError):
             batch = {}
         if not batch or len(batch) < len(content):  # 421 rejects nothing: single requests may come here by mistake
@@ -115,7 +123,10 @@ class Maker:
         widget = self._widgets.find(widget_id.lower())
         if widget is None:
             raise Refused(404, "not_found", f"there is no widget {one_line(widget_id, 80)!r}")
-        return render_template("widget.html", widget=widget) if wants_page() else widget
+        if not wants_page():
+            return widget
+        origin, before, after = self._widgets.origin(widget["id"])
+        return render_template("widget.html", widget=widget, origin=origin, before=before, after=after)
 
     def health(self) -> Any:
         self._play_outage()
@@ -161,9 +172,9 @@ class Maker:
         except (ValueError, RecursionError) as error:
             raise Refused(400, "bad_json", f"the body is not JSON: {one_line(error)}") from error
 
-    def _create(self, contents: Sequence[Any]) -> list[tuple[dict[str, Any], int]]:
+    def _create(self, requests: Sequence[tuple[Any, Origin]]) -> list[tuple[dict[str, Any], int]]:
         """For each request the body and the status of its answer. All widgets are on disk by then, in one commit."""
-        found = [parse_request(content) for content in contents]
+        found = [parse_request(content) for content, _ in requests]
         only = self._faults.fault_id
         struck = {each for each in found if isinstance(each, str) and (not only or each in only)}
         if struck and self._faults.latency:
@@ -173,7 +184,8 @@ class Maker:
             if each in struck and random.random() < self._faults.fail_rate:  # noqa: S311
                 self._played.labels("failure").inc()
                 found[number] = Refused(500, "failure", "a failure, as --fail-rate asks")
-        created = iter(self._widgets.create([each for each in found if isinstance(each, str)]))
+        valid = [(each, origin) for each, (_, origin) in zip(found, requests, strict=True) if isinstance(each, str)]
+        created = iter(self._widgets.create(valid))
         return [self._refuse(each) if isinstance(each, Refused) else self._show(*next(created)) for each in found]
 
     def _refuse(self, error: HTTPException) -> tuple[dict[str, Any], int]:
@@ -199,6 +211,19 @@ def parse_request(content: Any) -> str | Refused:
     return Refused(422, "bad_widget_id", f"widget_id {one_line(repr(value), 80)} is not a UUID of version 1")
 
 
+def as_origin(message: Any, receives: Any, age: Any) -> Origin:
+    """What a POST tells of its message, as far as it can be shown."""
+    numbers = (int(each) if re.fullmatch("[0-9]{1,9}", str(each)) else None for each in (receives, age))
+    return Origin(one_line(message, 200) if message else None, *numbers)
+
+
+def ago(created_at: str) -> str:
+    """How long ago a widget was made, for people."""
+    seconds = max(0, time.time() - datetime.fromisoformat(created_at).timestamp())
+    size, unit = next((size, unit) for size, unit in UNITS if seconds >= size)
+    return f"{seconds // (size or 1):.0f} {unit} ago"
+
+
 def wants_page() -> bool:
     """Whether the client would rather have a page than JSON, as browsers say; who takes both alike gets JSON."""
     return request.accept_mimetypes.best_match(["application/json", "text/html"]) == "text/html"
@@ -212,7 +237,13 @@ def parse_outage(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     return time.monotonic() + convert(start, param, ctx), convert(seconds, param, ctx)
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    examples=[
+        "python widget_maker.py --port 8080",
+        "python widget_maker.py --fail-rate 0.2 --outage 10:30",
+    ],
+)
 @click.option("--host", default="127.0.0.1", help="Address to listen at.")
 @click.option("--port", type=click.IntRange(1, 65_535), default=5000, help="Port to listen at.")
 @click.option("--database", metavar="FILE", type=Path, help="SQLite file of the widgets.  [default: one of this user]")

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
 import waitress
 from flask import Blueprint, Flask, Response, request
@@ -61,6 +62,7 @@ def create_app(
     A web site of others could read it through a browser under a name of its own that leads here. hint: what to do then.
     """
     app = App(package)
+    app.jinja_env.filters |= {"line": one_line, "clock": as_clock}
 
     @app.before_request
     def check_host() -> None:
@@ -75,6 +77,11 @@ def create_app(
         return response
 
     return app
+
+
+def as_clock(seconds: float) -> str:
+    """A moment in UTC seconds as people read it."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def serve_metrics(app: Flask, registry: CollectorRegistry) -> None:

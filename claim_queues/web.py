@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from itertools import count
 from typing import Any
@@ -15,9 +15,9 @@ from flask import redirect, render_template, request, url_for
 from werkzeug.exceptions import HTTPException
 
 from . import ConfigError, Message, Queues, QueuesError, Stats
-from .cli import note, one_line, run_until_signal
+from .cli import note, run_until_signal
 from .letters import as_text, bring_back, bring_one_back, delete_oldest, find, is_letter, search
-from .pages import Refused, create_app, serving
+from .pages import Refused, as_clock, create_app, serving
 
 LOOK_S, HISTORY_S = 2, 300
 FOLLOW_S, NEWEST = 0.2, 10  # how long a look may read on to the newest messages of a queue; how many are kept
@@ -85,7 +85,7 @@ class Web:
         self._token, self._cookie, self._form_token = (secrets.token_urlsafe() for _ in range(3))
         self.working, self.said = threading.Lock(), ""
         self.app = app = create_app(__package__, (), hint="open the link that the terminal shows")
-        app.jinja_env.filters |= {"line": one_line, "text": as_text, "clock": as_clock, "path": as_path}
+        app.jinja_env.filters |= {"text": as_text, "path": as_path}
         app.jinja_env.filters["span"] = lambda seconds: timedelta(seconds=round(seconds))
         app.jinja_env.globals |= {"watch": watch, "numbers": NUMBERS}
         app.jinja_env.globals |= {"is_letter": is_letter, "form_token": self._form_token}
@@ -203,10 +203,6 @@ class Web:
 def is_same(given: str | None, secret: str) -> bool:
     """In constant time."""
     return hmac.compare_digest((given or "").encode(errors="replace"), secret.encode())
-
-
-def as_clock(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def as_path(values: Sequence[tuple[float, float | None]]) -> str:

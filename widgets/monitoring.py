@@ -22,8 +22,15 @@ if TYPE_CHECKING:
     from widget_consumer import Consumer
 
 
+RECENT_POSTS, RECENT_FAILURES = 500, 10
+
+
 class Metrics:
-    """Counts what a consumer does. Thread-safe."""
+    """Counts what a consumer does. Thread-safe.
+
+    took: seconds of the last POSTs. failures: the last POSTs without a widget, the newest first: when (UTC), and of
+    which delivery.
+    """
 
     def __init__(self) -> None:
         prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -37,6 +44,8 @@ class Metrics:
         self.posts = prometheus.Histogram("post_duration_seconds", "Time of a POST.", **self.named)
         held = prometheus.Gauge("messages", "Messages of the claims in work.", ["state"], **self.named)
         self.held = held.labels("held")
+        self.took = deque[float](maxlen=RECENT_POSTS)
+        self.failures = deque[tuple[float, Delivery]](maxlen=RECENT_FAILURES)
         for outcome in ("created", "rejected", "failed"):
             self.outcomes.labels(outcome)  # so that each is there before it happens
         for why in ("failed", "excused"):
@@ -49,11 +58,19 @@ class Metrics:
 
     def posted(self, delivery: Delivery) -> None:
         self.posts.observe(delivery.took)
+        self.took.append(delivery.took)
+        if delivery.answer.outcome != "created":
+            self.failures.appendleft((time.time(), delivery))
         if not delivery.answer.outcome:
             self.returns.labels("failed" if delivery.charged else "excused").inc()
 
     def settled(self, delivery: Delivery) -> None:
         self.outcomes.labels(delivery.answer.outcome).inc()
+
+    def post_ms(self, share: float) -> float:
+        """Milliseconds within which that share of the last POSTs ended; 0 before the first."""
+        took = sorted(self.took.copy())
+        return 1000 * took[int(share * (len(took) - 1))] if took else 0.0
 
     def totals(self) -> dict[str, int]:
         """Messages by outcome."""
@@ -114,11 +131,24 @@ class Watch:
         found |= {"breaker": self.consumer.breaker.reason, **self.consumer.trouble.reasons}
         return {what: why for what, why in found.items() if why}
 
+    def state(self) -> str:
+        """What it does now, in a few words."""
+        failing = self.consumer.trouble.reasons
+        if self.consumer.slots.is_stopping:
+            return "stopping"
+        if failing:
+            return "settling fails" if "settle" in failing else "waiting for the queue service"
+        return "waiting for the maker" if self.consumer.breaker.is_open or self.maker.health else "working"
+
+    def rate(self) -> float:
+        """Outcomes a second, lately."""
+        (began_at, before, _), (at, totals, _) = self.looks[0], self.looks[-1]
+        done = sum(totals.values()) - sum(before.values())
+        return done / (at - began_at) if done else 0.0
+
     def line(self) -> str:
         """An open breaker, the rate, POSTs in flight, and the queue and the outcomes of one moment."""
-        (began_at, before, _), (at, totals, stats) = self.looks[0], self.looks[-1]
-        done = sum(totals.values()) - sum(before.values())
-        rate = done / (at - began_at) if done else 0.0
+        rate, (_, totals, stats) = self.rate(), self.looks[-1]
         depth = stats["request"].total if stats else None
         left = f" {timedelta(seconds=round(depth / rate))} left" if depth and rate >= 1 else ""
         failure = self.consumer.breaker.failure
@@ -139,7 +169,7 @@ def serving(watch: Watch, host: str, port: int) -> AbstractContextManager[None]:
     pages.serve_metrics(app, registry)
     prometheus.ProcessCollector(registry=registry)
     views: dict[str, Any] = {
-        "/": lambda: render_template("consumer.html", watch=watch, troubles=watch.troubles()),
+        "/": lambda: render_template("consumer.html", watch=watch, troubles=watch.troubles(), now=time.monotonic()),
         "/healthz": lambda: ({"status": "stopping"}, 503) if watch.consumer.slots.is_stopping else {"status": "ok"},
         "/readyz": lambda: ({"status": "not ready"} | found, 503) if (found := watch.troubles()) else {"status": "ok"},
     }

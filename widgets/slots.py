@@ -27,7 +27,7 @@ class Slots:
     """
 
     def __init__(self, count: int, batch: int) -> None:
-        self._count = count
+        self.count = count
         self._capacity = count * batch
         self._pool = ThreadPoolExecutor(count, "post")
         self._lock = threading.Lock()
@@ -68,7 +68,7 @@ class Slots:
         """So many of those that were asked for were claimed; a `submit` or `ended` follows for each of them."""
         with self._lock:
             self._asking -= 1
-            self._askers = min(self._count, self._askers + 1) if messages == asked else 1
+            self._askers = min(self.count, self._askers + 1) if messages == asked else 1
             self.messages -= asked - messages
             self._ask_another()
 
@@ -111,8 +111,8 @@ class Slots:
         with self._lock:
             self._impatient = None
             self._pause.reset()
-            if self._most < self._count:
-                self._most = min(self._count, self._most + 1 / self._most)
+            if self._most < self.count:
+                self._most = min(self.count, self._most + 1 / self._most)
                 self._free.notify()
 
     def busy(self, id_: str, answer: Answer, posted_at: float) -> None:

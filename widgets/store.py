@@ -4,14 +4,20 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from claim_queues.sqlite import VERSION, Store
 
 APPLICATION_ID = 0x57444754
 SCHEMA = "CREATE TABLE widget (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, created_at TEXT NOT NULL) STRICT"
+ORIGIN = """CREATE TABLE IF NOT EXISTS origin
+(number INTEGER PRIMARY KEY, message TEXT, receives INTEGER, seconds INTEGER) STRICT"""
 NOW = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
 INSERT = f"INSERT INTO widget (id, created_at) VALUES (?, {NOW}) ON CONFLICT DO NOTHING RETURNING id, created_at"
+INSERT_ORIGIN = "INSERT OR REPLACE INTO origin VALUES (?, ?, ?, ?)"
+SELECT_ORIGIN = """SELECT message, receives, seconds,
+    (SELECT id FROM widget WHERE number = it.number - 1), (SELECT id FROM widget WHERE number = it.number + 1)
+FROM widget AS it LEFT JOIN origin USING (number) WHERE id = ?"""
 SELECT = "SELECT id, created_at FROM widget WHERE id = ?"
 SELECT_PAGE = "SELECT id, created_at FROM widget WHERE number < ? ORDER BY number DESC LIMIT ?"
 SELECT_FOUND = "SELECT id, created_at FROM widget WHERE id >= ? AND id < ? ORDER BY id LIMIT ?"
@@ -20,6 +26,17 @@ BAR_S, BARS = 5, 60
 
 Widget = dict[str, Any]
 """`id`, and `created_at` in ISO 8601, UTC."""
+
+
+class Origin(NamedTuple):
+    """What the POST that created a widget told of its message; None for what it did not tell.
+
+    seconds: that the message had waited.
+    """
+
+    message: str | None = None
+    receives: int | None = None
+    seconds: int | None = None
 
 
 class Widgets:
@@ -31,21 +48,31 @@ class Widgets:
 
     def __init__(self, path: Path) -> None:
         self._store = Store(path, APPLICATION_ID, SCHEMA)
+        with self._store.writing() as file:
+            file.execute(ORIGIN)  # which files of version 0.1 lack
         self.check, self.close = self._store.check, self._store.close
         self._created = Counter[int]()  # how many widgets in which BAR_S
 
-    def create(self, ids: Sequence[str]) -> list[tuple[Widget, bool]]:
+    def create(self, requests: Sequence[tuple[str, Origin]]) -> list[tuple[Widget, bool]]:
         """For each id its widget, safe on disk, and whether it is new."""
         found, bar = [], int(time.monotonic() / BAR_S)
         with self._store.writing() as file:
-            for id_ in ids:
+            for id_, origin in requests:
                 new = file.execute(INSERT, (id_,)).fetchall()
                 ((_, created_at),) = new or file.execute(SELECT, (id_,))
                 found.append(({"id": id_, "created_at": created_at}, bool(new)))
                 self._created[bar] += len(new)
+                if new and any(origin):
+                    file.execute(INSERT_ORIGIN, (file.last_insert_rowid(), *origin))
             if len(self._created) > BARS + 1:
                 del self._created[min(self._created)]
         return found
+
+    def origin(self, id_: str) -> tuple[Origin, str | None, str | None]:
+        """Where that widget came from, and the ids of the widgets before and after it."""
+        with self._store.reading() as file:
+            ((*origin, before, after),) = file.execute(SELECT_ORIGIN, (id_,))
+        return Origin(*origin), before, after
 
     def find(self, id_: str) -> Widget | None:
         """The widget of that id."""
@@ -65,9 +92,9 @@ class Widgets:
             return int(file.execute(SELECT_COUNT).get)
 
     def rates(self) -> list[float]:
-        """Widgets per second that were created here in each of the last BARS times BAR_S, the oldest first."""
+        """Widgets per second that were created here in each BAR_S of the last BARS, the oldest first; the last runs."""
         now = int(time.monotonic() / BAR_S)
-        return [self._created[now - ago] / BAR_S for ago in range(BARS, 0, -1)]
+        return [self._created[now - ago] / BAR_S for ago in range(BARS - 1, -1, -1)]
 
     def check_writing(self) -> None:
         """Write to the file and sync it: reading alone would work on a full disk too."""

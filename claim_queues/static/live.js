@@ -6,6 +6,8 @@ const PATIENCE_MS = 5000;
 const NEWS_MS = 15000; // a screen reader is told no more often
 const MOST_ARRIVALS = 5; // more at once are not animated
 
+const UNITS = [[86400, "d"], [3600, "h"], [60, "min"], [0, "s"]];
+
 const [list, state, news, pause] = ["list", "state", "news", "pause"].map((id) => document.getElementById(id));
 const canHover = matchMedia("(hover: hover)");
 let isPaused = false;
@@ -18,6 +20,14 @@ function say(element, text) {
 
 function isHovered(element) {
   return canHover.matches && element.matches(":hover");
+}
+
+function showAges() {
+  for (const time of document.querySelectorAll("time.ago")) {
+    const seconds = Math.max(0, (Date.now() - Date.parse(time.dateTime)) / 1000);
+    const [size, unit] = UNITS.find(([size]) => seconds >= size);
+    say(time, `${Math.floor(seconds / (size || 1))} ${unit} ago`);
+  }
 }
 
 function takeOver(page) {
@@ -56,6 +66,7 @@ async function refresh() {
 
 async function run() {
   if (!isPaused && !document.hidden) await refresh();
+  showAges();
   setTimeout(run, PERIOD_MS);
 }
 

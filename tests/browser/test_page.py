@@ -84,6 +84,40 @@ def test_every_page_is_flawless_at_each_width_and_colour_scheme(
         assert_flawless(watched, running)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [375, 1280])
+def test_a_maker_that_has_made_nothing_says_what_to_type_and_one_in_an_outage_says_so(
+    tmp_path: Path, open_page: Callable[..., Watched], scheme: str, width: int
+) -> None:
+    SCREENSHOTS.mkdir(exist_ok=True)
+    options = {"color_scheme": scheme, "viewport": {"width": width, "height": 900}}
+    for name, words, shown in (
+        ("empty", [], "python widget_producer.py --wait"),
+        ("outage", ["--outage", "2:1000"], "An outage is played"),
+    ):
+        with widget_maker(tmp_path, *words) as (url, _):
+            watched = open_page(f"{url}/", **options)
+            expect(watched.page.locator("main")).to_contain_text(shown)
+            watched.page.screenshot(path=SCREENSHOTS / f"{name}-{width}-{scheme}.png", full_page=True)
+            assert_flawless(watched, url)
+
+
+def test_a_widgets_page_tells_of_its_message_and_leads_to_its_neighbours(
+    running: str, open_page: Callable[..., Watched]
+) -> None:
+    page = open_page(f"{running}/?after=41").page
+    page.locator(".cards a").first.click()
+    this = page.url
+    expect(page.locator("dl")).to_contain_text("For the message")
+    expect(page.locator("dl")).to_contain_text("Receives until then")
+    expect(page.locator("dl")).to_contain_text("Seconds from request to widget")
+    page.get_by_role("link", name="The next one made").click()
+    expect(page).not_to_have_url(this)
+    page.get_by_role("link", name="The one made before").click()
+    expect(page).to_have_url(this)
+
+
 def test_a_new_widget_shows_within_two_seconds_without_a_reload(
     running: str, open_page: Callable[..., Watched]
 ) -> None:
@@ -93,7 +127,7 @@ def test_a_new_widget_shows_within_two_seconds_without_a_reload(
         made = make(running)
         expect(watched.page.locator("#list code").first).to_have_text(made, timeout=SHOWN_WITHIN_MS)
     assert watched.page.evaluate("window.isTheSame")
-    expect(watched.page.locator("#list > li")).to_have_count(20)
+    expect(watched.page.locator("#list > li")).to_have_count(24)
     assert_flawless(watched, running)
 
 
@@ -102,7 +136,7 @@ def test_without_javascript_everything_is_shown_and_the_page_reloads_itself(
     running: str, open_page: Callable[..., Watched]
 ) -> None:
     page = open_page(f"{running}/", java_script_enabled=False).page
-    expect(page.locator("#list > li svg.picture")).to_have_count(20)
+    expect(page.locator("#list > li svg.picture")).to_have_count(24)
     assert page.locator("#totals").is_visible()
     expect(page.locator(".bar").first).to_be_visible(timeout=BAR_WITHIN_MS)
     assert page.get_by_role("button", name="Pause").is_hidden()
@@ -187,7 +221,7 @@ def test_the_page_says_that_the_maker_is_gone_and_goes_on_when_it_is_back(
 ) -> None:
     with widget_maker(tmp_path) as (url, _):
         page = open_page(f"{url}/").page
-        expect(page.locator("#empty")).to_have_text("No widget has been made yet.")
+        expect(page.locator("#empty")).to_contain_text("No widget has been made yet.")
         make(url)
         expect(page.locator("#empty")).to_be_empty()
     expect(page.locator("#state")).to_have_text("The maker does not answer: trying again")

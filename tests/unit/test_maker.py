@@ -255,7 +255,7 @@ def test_pages_show_every_widget_once_and_newest_first_also_while_more_are_creat
         if page["next"] is None:
             break
         page = client.get("/widgets", query_string={"after": page["next"]}).json
-    assert (seen, sizes) == (made[::-1], [20, 20, 5])
+    assert (seen, sizes) == (made[::-1], [24, 21])
     assert client.get("/widgets?after=" + "9" * 19).json == client.get("/widgets").json
     assert client.get("/widgets?after=0").json == {"widgets": [], "next": None}
 
@@ -302,8 +302,9 @@ def test_the_page_shows_the_newest_widgets_and_the_totals(start: Callable[..., F
     for mark in ('<meta http-equiv="refresh"', "live.js"):
         assert mark in text
         assert mark not in browse(client, "/?after=5")
-    assert shown_ids(text) == [number_n(number) for number in range(24, 4, -1)]
-    totals = {"Widgets": "25", "Requests": "26", "Rejected requests": "3", "Faults played": "2"}
+    assert shown_ids(text) == [number_n(number) for number in range(24, 0, -1)]
+    assert ">25 widgets made</h1>" in text
+    totals = {"Requests": "26", "Rejected requests": "3", "Faults played": "2"}
     assert dict(re.findall(r'<dt>(.+?)</dt><dd class="number">(.+?)</dd>', text)) == totals
     parts = ["25 created", "1 repeated", "2 bad widget id", "1 bad json", "2 failure"]
     assert re.findall(r'<dd class="note">(.+?)</dd>', text) == parts
@@ -317,11 +318,11 @@ def test_pages_lead_from_the_newest_to_the_oldest_widget_and_back(client: FlaskC
         seen += shown_ids(text)
         if "Older" not in ways(text):
             break
-        assert shown_ids(browse(client, ways(text)["Oldest"])) == made[19::-1]
+        assert shown_ids(browse(client, ways(text)["Oldest"])) == made[23::-1]
         text = browse(client, ways(text)["Older"])
     assert seen == made[::-1]
-    assert "5 to 1 of 45" in text
-    assert shown_ids(browse(client, ways(text)["Newer"])) == made[24:4:-1]
+    assert "21 to 1 of 45" in text
+    assert shown_ids(browse(client, ways(text)["Newer"])) == made[44:20:-1]
     assert ways(browse(client, ways(text)["Newest"])).keys() == {"Older", "Oldest"}
 
 
@@ -464,7 +465,7 @@ def test_the_fail_rate_is_the_share_of_valid_requests_answered_500(start: Callab
     failed = Counter(status for status, _ in found.values())
     assert failed.keys() == {500, 201}
     assert 500 < failed[500] < 700
-    assert client.get("/").text.count("<li id=") == 20
+    assert client.get("/").text.count("<li id=") == 24
 
 
 def test_faults_can_strike_one_id_only_also_in_a_batch_which_waits_once(start: Callable[..., FlaskClient]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import apsw
@@ -12,7 +13,7 @@ import pytest
 from support import wait_until
 
 from claim_queues import StoreError
-from widgets.store import SELECT_COUNT, SELECT_FOUND, SELECT_PAGE, Widgets
+from widgets.store import SELECT_COUNT, SELECT_FOUND, SELECT_PAGE, Origin, Widgets
 
 ID, OTHER_ID = (f"31f37378-54f4-11e5-ad75-3c970e65f73{number}" for number in (1, 2))
 
@@ -36,27 +37,28 @@ def other_process(widgets: Widgets, path: Path) -> Iterator[apsw.Connection]:
 
 def test_of_many_threads_that_ask_for_one_widget_one_creates_it(widgets: Widgets) -> None:
     with ThreadPoolExecutor(16) as pool:
-        found = [answer for (answer,) in pool.map(widgets.create, [[ID]] * 64)]
+        found = [answer for (answer,) in pool.map(widgets.create, [[(ID, Origin())]] * 64)]
     assert sorted(is_new for _, is_new in found) == [False] * 63 + [True]
     assert {str(widget) for widget, _ in found} == {str(widgets.find(ID))}
 
 
 def test_widgets_are_there_after_a_restart(path: Path) -> None:
     with closing(Widgets(path)) as widgets:
-        ((made, _),) = widgets.create([ID])
+        ((made, _),) = widgets.create([(ID, Origin())])
     with closing(Widgets(path)) as widgets:
-        assert widgets.create([ID]) == [(made, False)]
+        assert widgets.create([(ID, Origin())]) == [(made, False)]
 
 
 @pytest.mark.parametrize("replacement", [None, b""], ids=["removed", "replaced"])
 def test_a_file_that_was_removed_or_replaced_takes_no_widget(
     widgets: Widgets, path: Path, replacement: bytes | None
 ) -> None:
-    widgets.create([ID])
+    widgets.create([(ID, Origin())])
     path.rename(path.with_name("elsewhere"))
     if replacement is not None:
         path.write_bytes(replacement)
-    for use in (lambda: widgets.create([OTHER_ID]), lambda: widgets.create([ID]), widgets.check_writing):
+    uses = [partial(widgets.create, [(each, Origin())]) for each in (OTHER_ID, ID)]
+    for use in (*uses, widgets.check_writing):
         with pytest.raises(StoreError):
             use()
 
@@ -66,18 +68,30 @@ def test_a_file_that_is_removed_while_a_widget_is_written_takes_none(
 ) -> None:
     with ThreadPoolExecutor() as pool:
         other_process.execute("BEGIN IMMEDIATE")
-        creating = pool.submit(widgets.create, [ID])
+        creating = pool.submit(widgets.create, [(ID, Origin())])
         time.sleep(0.2)  # it waits for the other process by then
         path.unlink()
         other_process.execute("ROLLBACK")
         assert isinstance(creating.exception(), StoreError)
 
 
-def test_rates_count_what_is_new_once_its_five_seconds_are_over(widgets: Widgets) -> None:
+def test_rates_count_what_is_new_in_the_five_seconds_that_run_at_once(widgets: Widgets) -> None:
     assert widgets.rates() == [0] * 60
-    widgets.create([ID, ID, OTHER_ID])
-    wait_until(lambda: sum(widgets.rates()) == 0.4)
-    assert max(widgets.rates()[:58]) == 0
+    widgets.create([(each, Origin()) for each in (ID, ID, OTHER_ID)])
+    assert sum(widgets.rates()[-2:]) == 0.4
+    wait_until(lambda: widgets.rates()[-2] == 0.4)
+    assert max(widgets.rates()[:-2]) == 0
+
+
+def test_a_widget_knows_its_first_message_and_its_neighbours_also_in_a_file_of_an_older_version(path: Path) -> None:
+    with closing(Widgets(path)) as widgets:
+        widgets.create([(ID, Origin("message", 2, 7)), (OTHER_ID, Origin())])
+        widgets.create([(ID, Origin("another", 9, 9))])
+        assert widgets.origin(ID) == (Origin("message", 2, 7), None, OTHER_ID)
+    with closing(apsw.Connection(str(path))) as file:
+        file.execute("DROP TABLE origin")
+    with closing(Widgets(path)) as widgets:
+        assert widgets.origin(OTHER_ID) == (Origin(), ID, None)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +110,6 @@ def test_times_are_utc_wherever_the_maker_is(widgets: Widgets, monkeypatch: pyte
     with monkeypatch.context() as patched:
         patched.setenv("TZ", "Asia/Kolkata")
         time.tzset()
-        ((made, _),) = widgets.create([ID])
+        ((made, _),) = widgets.create([(ID, Origin())])
         assert abs(datetime.fromisoformat(made["created_at"]) - datetime.now(UTC)) < timedelta(minutes=1)
     time.tzset()
