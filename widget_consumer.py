@@ -285,7 +285,13 @@ class Consumer:
             time.sleep(min(pause, SETTLE_EVERY_S))
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    examples=[
+        "python widget_consumer.py --slots 32 --metrics-port 9100",
+        "python widget_consumer.py --queue-url zaqar://mycloud --create --drain",
+    ],
+)
 @queue_options("request", "response", "dead-letter")
 @click.option("--maker-url", default="http://127.0.0.1:5000/widgets", metavar="URL", help="Where requests are POSTed.")
 @click.option("--health-url", metavar="URL", help="Asked whether the maker is well.  [default: /healthz of its origin]")

@@ -31,7 +31,7 @@ from claim_queues.cli import (
 )
 
 MOST_BODY_BYTES = 65_536
-PAGE, LOOK_S, LOOK_AGAIN_S = 1000, 1.0, 0.5
+PAGE, LOOK_S, LOOK_AGAIN_S, HINT_AFTER_S = 1000, 1.0, 0.5, 3.0
 
 
 def random_ids(count: int) -> Iterator[str]:
@@ -98,7 +98,11 @@ def await_responses(
     pending: widget ids by message id; an answered request leaves it. Its responses are deleted, others stay queued.
     """
     ours, marker, deadline = set(pending), "", time.monotonic() + timeout
+    hint_at: float | None = deadline - timeout + HINT_AFTER_S
     while pending and (left := deadline - time.monotonic()) > 0:
+        if hint_at and time.monotonic() > hint_at and len(pending) == len(ours):
+            note(f"waiting for {len(pending):,} responses in {queue}, up to {left:.0f} s more: is a consumer running?")
+            hint_at = None
         try:
             page, marker = queues.browse(queue, after=marker, limit=PAGE, wait=min(left, LOOK_S))
             objects = [message for message in page if isinstance(message.body, dict)]
@@ -114,7 +118,13 @@ def await_responses(
             time.sleep(min(left, max(LOOK_AGAIN_S, error.retry_after)))
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    examples=[
+        "python widget_producer.py --widget-id not-a-uuid --wait",
+        "python widget_producer.py --count 1000 --json > submitted.jsonl",
+    ],
+)
 @queue_options("request", "response")
 @click.option("--widget-id", metavar="ID", multiple=True, help="Id of the widget; may be repeated.  [default: random]")
 @click.option("--count", type=click.IntRange(1, 100_000_000), help="Submit so many requests with random ids: UUIDs v1.")

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from . import Message, Queues
+from . import JSON, Message, Queues
 from .base import is_loopback
 from .checks import Report, check_queues
-from .cli import MESSAGE_SECONDS, Group, as_line, note, opened, print_lines, queue_options
+from .cli import MESSAGE_SECONDS, Group, as_line, note, opened, print_lines, print_table, queue_options
 from .letters import PAGE, bring_back, is_letter
 
 KINDS = {"request": "request_queue", "response": "response_queue", "dead-letter": "dead_letter_queue"}
@@ -33,12 +33,14 @@ def cli() -> None:
     """
 
 
-@cli.command()
+@cli.command(
+    examples=["python -m claim_queues stats", "python -m claim_queues stats --queue-url sqs://eu-west-1 --json"]
+)
 @queue_options(*KINDS)
 @json_option
 def stats(*, as_json: bool, **given: Any) -> None:
     """Count the messages of the three queues; ages are in seconds."""
-    row = "{:40} {:>9} {:>9} {:>9} {:>9} {:>9}".format
+    row = "{:31} {:>8} {:>8} {:>8} {:>8} {:>8}".format
     names = [given[option] for option in KINDS.values()]
     with opened(given, *names, looking=True) as queues:
         if not as_json:
@@ -50,7 +52,9 @@ def stats(*, as_json: bool, **given: Any) -> None:
             print_lines([json.dumps(fields) if as_json else row(name, *found[:3], found.total, age)])
 
 
-@cli.command()
+@cli.command(
+    examples=["python -m claim_queues peek response", "python -m claim_queues peek request --limit 100 --json"]
+)
 @click.argument("kind", type=click.Choice(KINDS), default="request")
 @queue_options(*KINDS)
 @click.option("--limit", type=NUMBERS, default=10, help="At most so many messages.")
@@ -59,28 +63,38 @@ def peek(kind: str, limit: int, *, as_json: bool, **given: Any) -> None:
     """Show the messages of a queue, oldest first, without claiming them: ID AGE RECEIVES BODY."""
     name = given[KINDS[kind]]
     with opened(given, name, looking=True) as queues:
-        for found in islice(browse_all(queues, name), limit):
-            fields = {key: value for key, value in found._asdict().items() if key != "handle"}
-            line = as_line(found.id, f"{found.age:.0f}s", found.receive_count, json.dumps(found.body))
-            print_lines([json.dumps(fields) if as_json else line])
+        found = islice(browse_all(queues, name), limit)
+        if as_json:
+            for each in found:
+                print_lines([json.dumps({key: value for key, value in each._asdict().items() if key != "handle"})])
+        else:
+            rows = ([each.id, f"{each.age:.0f}s", each.receive_count, json.dumps(each.body)] for each in found)
+            print_table(["id", "age", "receives", "body"], rows)
 
 
-@cli.command("dead-letters")
+@cli.command(
+    "dead-letters",
+    examples=[
+        "python -m claim_queues dead-letters",
+        "python -m claim_queues dead-letters --json | jq -r .reason | sort | uniq -c",
+    ],
+)
 @queue_options("dead-letter")
 @limit_option
 @json_option
 def dead_letters(dead_letter_queue: str, limit: int, *, as_json: bool, **given: Any) -> None:
     """Show the dead letters, oldest first: REQUEST_ID WIDGET_ID RECEIVES REASON."""
     with opened(given, dead_letter_queue, looking=True) as queues:
-        for found in islice(browse_all(queues, dead_letter_queue), limit):
-            letter = found.body if is_letter(found.body) else {"reason": f"no dead letter: {json.dumps(found.body)}"}
-            body = letter.get("body")
-            widget_id = body.get("widget_id") if isinstance(body, dict) else None
-            line = as_line(letter.get("request_id"), widget_id, letter.get("receive_count"), letter.get("reason"))
-            print_lines([json.dumps({**letter, "message_id": found.id}) if as_json else line])
+        found = islice(browse_all(queues, dead_letter_queue), limit)
+        letters = ((each.id, each.body if is_letter(each.body) else no_letter(each.body)) for each in found)
+        if as_json:
+            for id_, letter in letters:
+                print_lines([json.dumps({**letter, "message_id": id_})])
+        else:
+            print_table(["request", "widget", "receives", "reason"], (summary(letter) for _, letter in letters))
 
 
-@cli.command()
+@cli.command(examples=["python -m claim_queues redrive --dry-run", "python -m claim_queues redrive --limit 10"])
 @queue_options("request", "dead-letter")
 @limit_option
 @click.option("--dry-run", is_flag=True, help="Only say what would be brought back.")
@@ -104,7 +118,7 @@ def redrive(limit: int, *, dry_run: bool, **given: Any) -> None:
             raise click.ClickException(f"{left:,} messages stay: no dead letters, or taken by another meanwhile")
 
 
-@cli.command()
+@cli.command(examples=["python -m claim_queues purge response", "python -m claim_queues purge dead-letter --yes"])
 @click.argument("kind", type=click.Choice(KINDS))
 @queue_options(*KINDS)
 @click.option("--yes", is_flag=True, allow_from_autoenv=False, help="Do not ask; for this one there is no variable.")
@@ -120,7 +134,9 @@ def purge(kind: str, *, yes: bool, **given: Any) -> None:
         print_lines([f"{name}: {found:,} messages removed"])
 
 
-@cli.command()
+@cli.command(
+    examples=["python -m claim_queues check", "python -m claim_queues check --queue-url rackspace://USER@DFW --create"]
+)
 @queue_options(*KINDS)
 def check(**given: Any) -> int:
     """Check a set-up before it goes live: each line is ok, warning or failure, with what to do.
@@ -133,7 +149,9 @@ def check(**given: Any) -> int:
     return report.exit_code
 
 
-@cli.command()
+@cli.command(
+    examples=["python -m claim_queues web", "python -m claim_queues web --port 8081 --queue-url zaqar://mycloud"]
+)
 @queue_options(*KINDS)
 @click.option("--host", default="127.0.0.1", envvar="WIDGET_WEB_HOST", help="Loopback address to listen at.", **OWN)
 @click.option("--port", type=PORTS, default=5001, envvar="WIDGET_WEB_PORT", help="Port to listen at.", **OWN)
@@ -150,6 +168,16 @@ def web(host: str, port: int, **given: Any) -> None:
     names = {kind: given[option] for kind, option in KINDS.items()}
     with opened(given, *names.values(), looking=True) as queues:
         serve(queues, names, host, port, ttl=given["ttl"] if queues.limits.has_message_ttl else None)
+
+
+def no_letter(body: JSON) -> dict[str, JSON]:
+    return {"reason": f"no dead letter: {json.dumps(body)}"}
+
+
+def summary(letter: dict[str, JSON]) -> list[JSON]:
+    body = letter.get("body")
+    widget_id = body.get("widget_id") if isinstance(body, dict) else None
+    return [letter.get("request_id"), widget_id, letter.get("receive_count"), letter.get("reason")]
 
 
 def tell(old_id: str, new_id: str | None) -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +18,9 @@ import click
 import platformdirs
 import structlog
 from click.core import ParameterSource
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from structlog.typing import EventDict
 
 from . import FORMS, ConfigError, QueueNotFound, Queues, QueuesError, StoreError, open_queues
@@ -34,21 +37,49 @@ LACKS = {
     "release_delay": ("cannot delay a release: a message in backoff stays claimed until that ends",),
 }
 """What a service may lack, by the name of its limit: in words, then the options that it cannot honour."""
+SECTIONS = {
+    "queue_url": "Queues",
+    "maker_url": "Widget maker",
+    "host": "Address",
+    "signing_secret_file": "Signed POSTs",
+    "claim_ttl": "Claims and POSTs",
+    "fail_rate": "Faults on purpose",
+    "widget_id": "Requests",
+    "wait": "Outcomes",
+    "drain": "End",
+    "receive_counts": "This machine",
+    "limit": "Messages",
+    "as_json": "Output",
+    "log_format": "Other",
+}
+"""Of the help: the option that begins each, and its title."""
 SAME_SIGNAL_S = 0.5  # GNU timeout, among others, sends a signal to the process and then to its group, with it again
 
 
 class Command(click.Command):
     """Each option is also a variable (--claim-ttl: WIDGET_CLAIM_TTL); an error is one line and an exit code.
 
-    A number that the command returns is its exit code.
+    A number that the command returns is its exit code. examples: command lines for its help.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "WIDGET", "show_default": True}
         self.context_settings = {**self.context_settings, **settings, "max_content_width": 100}
-        self.epilog = "Each option is also an environment variable: --queue-url would be WIDGET_QUEUE_URL."
+        variables = "Each option is also an environment variable: --queue-url would be WIDGET_QUEUE_URL."
+        self.epilog = "\n  ".join(["\b\nExamples:", *examples]) + f"\n\n{variables}" if examples else variables
         click.version_option(__version__, allow_from_autoenv=False)(self)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections = {"Options": list[tuple[str, str]]()}
+        for parameter in self.get_params(ctx):
+            rows = sections.setdefault(SECTIONS.get(str(parameter.name), list(sections)[-1]), [])
+            if record := parameter.get_help_record(ctx):
+                rows.append(record)
+        for title, rows in sections.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
         if any(isinstance(value, float) and math.isnan(value) for value in ctx.params.values()):
@@ -87,6 +118,10 @@ class Group(Command, click.Group):
     """Commands of one program."""
 
     command_class = Command
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
 
 
 def queue_options(*kinds: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -163,6 +198,19 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
+def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows: on a terminal as a table as wide as that, elsewhere as a line each, without the head."""
+    if not is_terminal(sys.stdout):
+        for row in rows:
+            print_lines([as_line(*row)])
+        return
+    table = Table(*head, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(as_line(word), overflow="ellipsis", no_wrap=True) for word in row))
+    if table.rows:
+        Console().print(table)
+
+
 def note(text: str) -> None:
     """Tell people something on stderr, where that can be written to."""
     with suppress(OSError):
@@ -207,12 +255,13 @@ def configure_logging(form: str, level: str) -> None:
 
     What libraries log joins in from `warning` on: at `debug` they print tokens.
     """
-    number, stamp = getattr(logging, level.upper()), structlog.processors.TimeStamper(fmt="iso")
-    colors = is_terminal(sys.stderr) and not os.environ.get("NO_COLOR")
-    for_people = [_on_one_line, structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0, sort_keys=False)]
+    number, is_watched = getattr(logging, level.upper()), form == "text" and is_terminal(sys.stderr)
+    stamp = structlog.processors.TimeStamper("%H:%M:%S" if is_watched else "iso", utc=not is_watched)
+    looks: dict[str, Any] = {"colors": is_watched and not os.environ.get("NO_COLOR"), "pad_level": not is_watched}
+    for_people = [_on_one_line, structlog.dev.ConsoleRenderer(**looks, pad_event_to=0, sort_keys=False)]
     render = for_people if form == "text" else [structlog.processors.JSONRenderer(default=str)]
     structlog.configure(
-        processors=[structlog.processors.add_log_level, stamp, *render],
+        processors=[structlog.processors.add_log_level, stamp, *([_in_short] if is_watched else []), *render],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         # Which drops lines while stderr takes none, as on a full disk: the work goes on.
         logger_factory=lambda *_: SimpleNamespace(debug=note, info=note, warning=note, error=note, critical=note),
@@ -226,6 +275,13 @@ def configure_logging(form: str, level: str) -> None:
 class _FromLibraries(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         structlog.get_logger().log(record.levelno // 10 * 10, self.format(record), library=record.name)
+
+
+def _in_short(_: Any, __: str, fields: EventDict) -> EventDict:
+    """Without what goes without saying, so that the line of a widget that was created fits 80 columns."""
+    if fields["event"] == "created":
+        return {key: fields[key] for key in ("event", "timestamp", "level", "widget", "ms")}
+    return fields
 
 
 def _on_one_line(_: Any, __: str, fields: EventDict) -> EventDict:

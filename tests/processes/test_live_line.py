@@ -10,6 +10,7 @@ import sys
 import termios
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -23,7 +24,7 @@ LINE = re.compile(
     r"(?P<maker>maker \w+  )?[\d,]+/s  \d+ in flight  (?P<queued>[\d,]+|\?) queued(?P<left> \d:\d\d:\d\d left)?"
     r"(  (?P<created>[\d,]+) created)?(  \d+ failed)?"
 )
-LOG = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z \[\w+ *\] \w.*")
+LOG = re.compile(r"\d\d:\d\d:\d\d \[\w+\] \w.*")
 
 
 class Terminal:
@@ -100,7 +101,9 @@ def test_a_live_line_tells_depth_and_outcomes_of_the_same_moment_under_a_whole_l
     log = running.lines()
     assert log.pop() == ""  # the live line is gone
     assert [line for line in log if not LOG.fullmatch(line)] == []
-    assert sum("outcome=created" in line for line in log) == 600
+    created = [line for line in log if "] created widget=" in line]
+    assert len(created) == 600
+    assert max(len(line) + len(f"{uuid.uuid1()}") - len("w599") for line in created) <= 80  # with a true widget id
 
 
 def test_an_open_breaker_stands_first_in_a_line_that_fits_the_terminal(rig: Rig) -> None:

@@ -171,8 +171,9 @@ COMMANDS = {
 def test_the_help_fits_80_columns_and_explains_each_option(cli: click.Command, words: list[str]) -> None:
     shown = run_command(cli, *words, "--help").out
     assert max(map(len, shown.splitlines())) <= 80
-    *options, last = re.split(r"\n  (?=-)", shown.split("Options:\n", 1)[1])
+    *options, last = re.split(r"\n  (?=-)", shown)[1:]
     assert last.startswith("-h, --help  ")
+    assert shown.count("\n    python ") == (0 if cli is tool and not words else 2)
     for option in options:
         assert re.search(r"  +\S+ \S+", option), option  # words that explain it
         if "RANGE" in option:

@@ -1,6 +1,7 @@
 """The producer: what it posts, what it prints, and how it waits."""
 
 import json
+import re
 import signal
 import time
 import uuid
@@ -320,6 +321,13 @@ def test_a_timeout_is_exit_3_and_names_what_has_no_response(queues: SqliteQueues
         f"no response yet: {posted(queues)[1][0]} b",
         "error: 1 without a response after 0.1 s, still queued: is a consumer running?",
     ]
+
+
+def test_a_wait_of_three_seconds_in_vain_says_once_what_it_waits_for(queues: SqliteQueues) -> None:
+    ended = produce("--wait", "--timeout", 6, "--widget-id", "a", "--widget-id", "b")
+    first, *rest = ended.err.splitlines()
+    assert re.fullmatch(f"waiting for 2 responses in {RESPONSES}, up to [1-3] s more: is a consumer running\\?", first)
+    assert [line for line in rest if "waiting" in line] == []
 
 
 def test_the_wait_outlives_a_queue_service_that_is_away_for_a_moment(queues: SqliteQueues, use: Use) -> None:
