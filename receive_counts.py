@@ -1,8 +1,8 @@
-"""The dict of receive counts: how often each message was received, and what that has been charged, kept on disk.
+"""The dict of receive counts, kept on disk: how often each message was received, and what it was charged for that.
 
-Just before its POST a receive is counted, charged and left open. When the POST has ended, its charge takes the place
-of that; an answer also closes the message. So a message that kills its consumer is charged and known, and one that
-kills the maker is known by being left open. Charges are fifths of a receive.
+Just before a POST, the receive is counted, charged in full and marked open. When the POST has ended, its own charge
+replaces that one; an answer also closes the message. So a message that kills its consumer stays charged and open, and
+one that kills the maker stays open. Charges are counted in fifths of a receive.
 """
 
 import json
@@ -19,7 +19,7 @@ from claim_queues.sqlite import Store
 RECEIVE = 5
 """A receive, in fifths."""
 KEEP_S = 15 * 86_400
-"""A message that was not received for so long is gone: none outlives 14 days, and a claim and its grace."""
+"""A message not received for this long no longer exists: it lives 14 days at most, plus a claim and its grace."""
 APPLICATION_ID = 0x51C1A138
 SCHEMA = """
 CREATE TABLE receives (
@@ -48,8 +48,8 @@ log = structlog.get_logger()
 
 
 class Receives(NamedTuple):
-    """Of one message. charged: in fifths. open: how many POSTs in a row have ended with their consumer or with the
-    maker, or go on. first_at, last_at: UTC seconds."""
+    """The counts of one message. charged: in fifths. open: how many POSTs in a row ended because their consumer or the
+    maker died, or are still running. first_at, last_at: UTC seconds."""
 
     receives: int = 0
     charged: int = 0
@@ -59,10 +59,10 @@ class Receives(NamedTuple):
 
 
 class ReceiveCounts:
-    """source: names the queue among those that share the file. Thread-safe.
+    """The counts of one queue. source: names the queue among those that share the file. Thread-safe.
 
-    Raises StoreError where the file cannot be used. While it is locked `of` and `begin` raise QueueUnavailable, and the
-    message must not be POSTed; what is charged or forgotten then is lost, which makes counts less exact, no more.
+    Raises StoreError where the file cannot be used. While it is locked, `of` and `begin` raise QueueUnavailable: the
+    message must not be POSTed. `charge` and `forget` then lose their change, which only makes counts less exact.
     """
 
     def __init__(self, path: Path, source: str) -> None:
@@ -71,23 +71,23 @@ class ReceiveCounts:
         self._write("DELETE FROM receives WHERE last_at < ?", [(time.time() - KEEP_S,)])
 
     def of(self, ids: Iterable[str]) -> dict[str, Receives]:
-        """The dict of what the file says of each message that it names. Raises QueueUnavailable."""
+        """The counts of those of these messages that the file knows, by id. Raises QueueUnavailable."""
         self._store.check()
         with self._store.reading() as file:
             rows: Any = file.execute(FIND, (self._source, json.dumps([*ids]))).fetchall()
         return {id_: Receives(*values) for id_, *values in rows}
 
     def begin(self, ids: Iterable[str]) -> list[Receives]:
-        """Count one more receive of each message, charge it, leave it open; returns what it is now."""
+        """Count one more receive of each message, charge it and mark it open; returns the new counts, in order."""
         now = time.time()
         with self._store.writing(synced=False) as file:
             rows: Any = [file.execute(BEGIN, (self._source, id_, now)).fetchall()[0] for id_ in ids]
         return [Receives(*row) for row in rows]
 
     def charge(self, charges: Mapping[str, int], left_open: int | None) -> dict[str, int]:
-        """Add fifths to what messages are charged, or take from it, by id; gives what the known ones are charged now.
+        """Add fifths to the charges of messages, or subtract them, by id; returns the new charges of known messages.
 
-        left_open: as often in a row their POSTs have ended without an answer; None: as before.
+        left_open: how many of their POSTs in a row have ended without an answer; None: unchanged.
         """
         return dict(self._write(CHARGE, [(fifths, left_open, self._source, id_) for id_, fifths in charges.items()]))
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Claim requests, POST each to the widget maker, and delete or release it by the answer.
+"""Claim requests, POST each to the widget maker, and delete or release it according to the answer.
 
 A message's life, in this order: `_claim` (hidden from others), `_post` (its receive counted, then the POST), `_settle`
 (the outcome stored, then the message deleted; what has no outcome is released). A crash between any two steps repeats
@@ -55,9 +55,9 @@ from widgets.signing import load_signer, signing_options
 from widgets.slots import Slots
 from widgets.trouble import Trouble
 
-POST_SPARE_S = 5.0  # a claim must outlast a POST by so much when the POST begins
+POST_SPARE_S = 5.0  # when a POST begins, its claim must outlast the POST's deadline by this much
 SETTLE_EVERY_S, STOP_PATIENCE_S, DRAIN_LOOKS_EVERY_S = 1.0, 10.0, 0.25
-LOOK_EVERY_S = 60.0  # for the queues: on some services a missing one looks like an empty one
+LOOK_EVERY_S = 60.0  # checks that the queues exist: on some services a missing queue looks empty
 POSTING = ("deadline", "health_url", "allow_plain_http")
 FILE = click.Path(path_type=Path, dir_okay=False)
 Result = TypeVar("Result")
@@ -68,8 +68,8 @@ class Consumer:
     """Takes messages to the maker until stop() or, with drain, until none is left.
 
     Each worker thread owns one claim at a time, from claim to settlement; the POSTs run in the threads of `slots`.
-    options: those of the command line, by name, once `fitting` has seen them. trouble: what the queue service does not
-    do now. metrics: what was done.
+    options: those of the command line, by name, as `fitting` returns them. trouble: the operations that the queue
+    service fails at now. metrics: counts of what was done.
     """
 
     def __init__(self, queues: Queues, maker: Maker, counts: ReceiveCounts, options: SimpleNamespace) -> None:
@@ -77,9 +77,9 @@ class Consumer:
         self._maker = maker
         self._options = options
         self._stopping = threading.Event()
-        self._give_up_at: float | None = None  # settling, after a stop
-        self._looked_at = time.monotonic()  # whether the queues are there
-        self._lane = threading.Lock()  # to POST what has twice been left open
+        self._give_up_at: float | None = None  # when settling is given up after a stop
+        self._looked_at = time.monotonic()  # when it last checked that the queues exist
+        self._lane = threading.Lock()  # held while a message that was twice left open is POSTed
         self._drain = Drain(queues, options.request_queue, options.drain_timeout) if options.drain else None
         self._releases = Releases(queues)
         self.breaker = Breaker()
@@ -89,12 +89,12 @@ class Consumer:
         self._charges = Charges(counts, maker, self.breaker, self.slots, self.metrics, most=options.max_receives)
 
     def run(self) -> None:
-        """Work until done; raise what made it impossible to go on."""
+        """Work until stopped or drained; raise the error that made it impossible to go on."""
         with ThreadPoolExecutor(self._options.slots, "worker") as pool:
             workers = [pool.submit(self._work) for _ in range(self._options.slots)]
         self.slots.close()
         for claim in self._releases.all():
-            with suppress(QueuesError):  # else they expire
+            with suppress(QueuesError):  # what is not released expires
                 self._insist(claim, "release", partial(self._queues.release, claim))
         for worker in workers:
             worker.result()
@@ -106,11 +106,11 @@ class Consumer:
         self.slots.stop()
 
     def _work(self) -> None:
-        """Claim a batch, deliver it, settle it, and again. While the breaker is open, one claim at a time is tried."""
+        """Claim, deliver and settle batch after batch. While the breaker is open, one claim at a time is tried."""
         try:
             while not self._stopping.is_set():
                 with self.breaker.turn() as is_try:
-                    room = self.slots.reserve(self._options.claim_limit)  # not before: who waits must not hold any
+                    room = self.slots.reserve(self._options.claim_limit)  # only now: a waiting thread must hold no room
                     if room and (claim := self._claim(room, is_try=is_try)):
                         self._finish(claim)
         finally:
@@ -140,7 +140,7 @@ class Consumer:
         return claim
 
     def _look_around(self, *, found: bool) -> None:
-        """End a drain that is done; on some services a missing queue looks like an empty one."""
+        """End a drain that is done. Check from time to time that the queues exist: a missing one may look empty."""
         if self._drain and self._drain.is_over(found=found):
             self.stop()
         elif not found and not self._drain and time.monotonic() - self._looked_at > LOOK_EVERY_S:
@@ -148,7 +148,7 @@ class Consumer:
             self._looked_at = time.monotonic()
 
     def _finish(self, claim: Claim) -> None:
-        """Deliver the claim's messages, and give back those that are not settled then."""
+        """Deliver the claim's messages, then give back those that were not settled."""
         deliveries = list[Delivery]()
         try:
             try:
@@ -166,7 +166,7 @@ class Consumer:
         self.trouble.ends("renew", "release")
 
     def _deliver_all(self, claim: Claim, deliveries: list[Delivery]) -> None:
-        """Find what is known of each message, POST them, and settle those that are ready each second."""
+        """Look up what is known of each message, POST the messages, and every second settle those that are ready."""
         count, together, posts = len(claim.messages), list[list[Delivery]](), set[Future[list[Delivery]]]()
         try:
             deliveries += self._insist(claim, "count", lambda: self._charges.deliveries(claim.messages)) or []
@@ -184,7 +184,7 @@ class Consumer:
             self.slots.ended(count - sum(map(len, together)))
 
     def _post_alone(self, claim: Claim, lane: list[Delivery]) -> None:
-        """POST and settle them one after another, in this thread; one such POST at a time in the process."""
+        """POST and settle these one by one in this thread; only one thread of the process may do so at a time."""
         is_free = self._lane.acquire(blocking=False)
         silent_at = time.monotonic()
         try:
@@ -201,7 +201,7 @@ class Consumer:
                 self._lane.release()
 
     def _deliver(self, claim: Claim, group: list[Delivery]) -> list[Delivery]:
-        """Note each message's outcome, or how long it is to stay away."""
+        """POST the messages as needed; note each one's outcome, or how long it stays away."""
         if len(group) > 1 and self._post(claim, group):
             return group
         for delivery in group:
@@ -210,7 +210,7 @@ class Consumer:
         return group
 
     def _post(self, claim: Claim, group: list[Delivery], *, is_alone: bool = False) -> bool:
-        """When a slot is free: count the receives, POST, judge. False: a batch failed, POST its messages one by one."""
+        """Wait for a slot, count the receives, POST and judge. False: a batch failed, POST its messages one by one."""
         with self.slots.turn() as posted_at:
             if not self._may_post(claim, group):
                 return True
@@ -241,7 +241,7 @@ class Consumer:
                 self._charges.end(claim, ready, settled)
 
     def _insist(self, claim: Claim, what: str, do: Callable[[], Result]) -> Result | None:
-        """Do it, again until the service has done it, and hold the claim meanwhile; None where a stop ends that."""
+        """Repeat the call until the service has done it, and keep the claim meanwhile; None where a stop ends this."""
         while True:
             try:
                 result = do()
@@ -257,7 +257,7 @@ class Consumer:
                 return result
 
     def _renew_in_time(self, claim: Claim) -> None:
-        """Renew the claim at half of its TTL, and before a POST would not end in it. Raises ClaimLost."""
+        """Renew the claim at half of its TTL, or earlier where a POST would outlast it. Raises ClaimLost."""
         if claim.holds(max(claim.ttl / 2, self._maker.deadline + POST_SPARE_S + 2 * SETTLE_EVERY_S)):
             return
         try:
@@ -272,7 +272,7 @@ class Consumer:
                 raise ClaimLost(f"it could not be renewed: {error}") from error
 
     def _wait_out(self, what: str, error: QueueError) -> None:
-        """Say once that the service fails, create a queue that is gone where that is asked for, and pause."""
+        """Log once that the service fails, create a missing queue again if --create is given, and pause."""
         if isinstance(error, QueueNotFound):
             if self._drain:
                 raise error
@@ -294,14 +294,14 @@ class Consumer:
 )
 @queue_options("request", "response", "dead-letter")
 @click.option("--maker-url", default="http://127.0.0.1:5000/widgets", metavar="URL", help="Where requests are POSTed.")
-@click.option("--health-url", metavar="URL", help="Asked whether the maker is well.  [default: /healthz of its origin]")
+@click.option("--health-url", metavar="URL", help="Health page of the maker.  [default: /healthz of its origin]")
 @click.option("--allow-plain-http", is_flag=True, help="POST over http:// to other machines too.")
 @signing_options
 @click.option("--claim-ttl", type=CLAIM_SECONDS, default=300, help="Seconds a claim holds its messages.")
 @click.option("--grace", type=CLAIM_SECONDS, default=60, help="Seconds a claimed message outlives its claim.")
-@click.option("--claim-limit", type=click.IntRange(1, 20), help="Messages of a claim.  [default: the service's most]")
+@click.option("--claim-limit", type=click.IntRange(1, 20), help="Most messages per claim.  [default: the service's]")
 @click.option("--slots", type=click.IntRange(1, 256), default=8, help="POSTs in flight at once.")
-@click.option("--post-batch", type=click.IntRange(1, 20), default=1, help="Requests of a POST, where makers take that.")
+@click.option("--post-batch", type=click.IntRange(1, 20), default=1, help="Requests per POST, if makers take batches.")
 @click.option("--deadline", type=click.FloatRange(0.1, 43_190), default=20.0, help="Seconds for one POST, in all.")
 @click.option("--max-receives", type=click.IntRange(2, 1000), default=5, help="Receives charged before a dead letter.")
 @click.option("--poll-interval", type=click.FloatRange(0.1, 20), default=2.0, help="Longest idle wait, in seconds.")
@@ -313,15 +313,15 @@ class Consumer:
     help="Seconds until a drain gives up (exit 3).  [default: never]",
 )
 @click.option("--receive-counts", type=FILE, help="File of this machine's receive counts.  [default: one of this user]")
-@click.option("--metrics-port", type=click.IntRange(1, 65_535), help="Serve metrics, health and a status page there.")
+@click.option("--metrics-port", type=click.IntRange(1, 65_535), help="Port for metrics, health and a status page.")
 @click.option("--metrics-host", default="127.0.0.1", help="Address for --metrics-port.")
 @click.option("--check", is_flag=True, help="Check queues, maker and options, say what is wrong with them, and exit.")
 @logging_options
 def cli(**given: Any) -> int:
-    """Claim requests, POST each to the widget maker, and settle each by its answer.
+    """Claim requests, POST each to the widget maker, and settle each according to its answer.
 
     Runs until SIGTERM or Ctrl-C: then it finishes what is in flight, gives the rest back, and exits 0.
-    Exit codes: 0 stopped or drained, 1 failed, 2 usage, 3 the drain timed out, 4 credentials, 5 a local file.
+    Exit codes: 0 stopped or drained, 1 failed, 2 usage, 3 the drain timed out, 4 credentials, 5 a file error.
     """
     configure_logging(given["log_format"], given["log_level"])
     signer = load_signer(given["signing_secret_file"], given["signing_secret_keyring"])
@@ -359,9 +359,9 @@ def work(consumer: Consumer, maker: Maker, given: dict[str, Any]) -> None:
 
 
 def fitting(limits: Limits, given: dict[str, Any]) -> SimpleNamespace:
-    """The options, where they fit each other, this machine and the service; raises ConfigError.
+    """The options, if they fit each other, this machine and the service; else raises ConfigError.
 
-    queues: the names of the three. response_ttl: None is the service's longest.
+    queues: added, the names of the three queues. response_ttl: None where the service has no TTL per message.
     """
     check_descriptors(given["slots"])
     found = SimpleNamespace(**given)

@@ -42,9 +42,9 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Faults:
-    """What goes wrong on purpose: the share of valid POSTs that are answered 500, and seconds before their answers.
+    """Faults on purpose. fail_rate: share of valid POSTs answered 500. latency: seconds that valid POSTs have to wait.
 
-    fault_id: the only widgets that these two strike; empty: all. outage: when it starts (monotonic), and its seconds.
+    fault_id: the only widget ids that these two affect; empty: all. outage: its start (monotonic) and its seconds.
     """
 
     fail_rate: float = 0.0
@@ -57,9 +57,9 @@ class Faults:
 
 
 class Maker:
-    """What each address answers. app: all of them, as a WSGI application.
+    """The answer at each path. app: all of them, as a WSGI application.
 
-    hosts: its names, in lower case, without port. signer: what it has not signed is refused; None: nothing is.
+    hosts: the names it answers to, in lower case, without port. signer: checks each POST's signature; None: no check.
     """
 
     def __init__(self, widgets: Widgets, faults: Faults, hosts: Collection[str], signer: Signer | None) -> None:
@@ -70,7 +70,7 @@ class Maker:
         self._posts = counter("posts", "Requests", ["outcome"])
         self._refusals = counter("rejections", "Rejected requests", ["code"])
         self._played = counter("faults", "Faults played", ["fault"])
-        self.app = app = create_app("widgets", hosts, {"Widget-Maker": "1"})  # a consumer believes its rejections
+        self.app = app = create_app("widgets", hosts, {"Widget-Maker": "1"})  # so that consumers believe its rejections
         serve_metrics(app, self._registry)
         app.jinja_env.filters["ago"] = ago
         app.jinja_env.globals["chooser"] = lambda widget_id: random.Random(widget_id).choice  # noqa: S311
@@ -99,8 +99,8 @@ class Maker:
             }
         except (KeyError, TypeError):
             batch = {}
-        if not batch or len(batch) < len(content):  # 421 rejects nothing: single requests may come here by mistake
-            raise Refused(421, "bad_batch", "a batch is a JSON array of objects with a request and an own message_id")
+        if not batch or len(batch) < len(content):  # 421 is no rejection: single requests may come here by mistake
+            raise Refused(421, "bad_batch", "a batch is a JSON array of objects with a request and a unique message_id")
         answers = zip(batch, self._create(list(batch.values())), strict=True)
         return {"answers": [{"message_id": id_, "status": status, "body": body} for id_, (body, status) in answers]}
 
@@ -135,37 +135,37 @@ class Maker:
 
     def answer_error(self, error: HTTPException | QueuesError) -> Any:
         if isinstance(error, QueuesError):
-            log.error("the widgets cannot be used now", reason=str(error))
-            error = Refused(503, "store_unavailable", "the widgets cannot be used now: try again later")
+            log.error("the widget file cannot be used now", reason=str(error))
+            error = Refused(503, "store_unavailable", "the widgets are not available now: try again later")
         answer, status = self._refuse(error)
         page = render_template("error.html", name=error.name, message=error.description) if wants_page() else answer
         return page, status, ERROR_HEADERS.get(status, {})
 
     def _page(self) -> dict[str, Any]:
-        """Up to `limit` widgets below the number `after`, as the current request asks for; and how many there are."""
+        """The page that the current request asks for: up to `limit` widgets numbered below `after`; and their count."""
         count = self._widgets.count()
         after, limit = request.args.get("after") or str(count + 1), request.args.get("limit", str(PAGE))
         if not re.fullmatch("[0-9]{1,19}", after) or not re.fullmatch("[1-9][0-9]?|100", limit):
-            raise Refused(400, "bad_parameter", "after must be what another page gave as next, limit 1 to 100")
+            raise Refused(400, "bad_parameter", "after must be the `next` of another page, and limit 1 to 100")
         before, most = min(int(after), count + 1), int(limit)
         return {"widgets": self._widgets.page(before, most), "after": before, "limit": most, "count": count}
 
     def _play_outage(self) -> None:
         if self._faults.is_outage():
             self._played.labels("outage").inc()
-            raise Refused(503, "outage", "an outage, as --outage asks")
+            raise Refused(503, "outage", "an outage on purpose: see --outage")
 
     def _read(self, most_bytes: int) -> Any:
-        """The JSON value that the current request brings; raises HTTPException."""
+        """The JSON value in the current request's body; raises HTTPException."""
         self._play_outage()
-        if request.mimetype != "application/json":  # which no other web site can send through a browser
+        if request.mimetype != "application/json":  # other web sites cannot send this type through a browser
             raise Refused(415, "unsupported_media_type", "send application/json")
         request.max_content_length = most_bytes
         body = request.get_data()
         try:
             if self._signer:
                 self._signer.check(dict(request.headers), body)
-            return json.loads(body.decode(), parse_constant=int)  # an int is none of its constants: NaN, Infinity
+            return json.loads(body.decode(), parse_constant=int)  # int() refuses these constants: NaN, Infinity
         except WebhookVerificationError as error:
             advice = "set the clocks" if "timestamp too" in str(error) else "give both the same --signing-secret-file"
             raise Refused(401, "bad_signature", f"Standard Webhooks: {error}: {advice}") from error
@@ -173,7 +173,7 @@ class Maker:
             raise Refused(400, "bad_json", f"the body is not JSON: {one_line(error)}") from error
 
     def _create(self, requests: Sequence[tuple[Any, Origin]]) -> list[tuple[dict[str, Any], int]]:
-        """For each request the body and the status of its answer. All widgets are on disk by then, in one commit."""
+        """The body and the status of the answer to each request. All widgets are on disk by then, in one commit."""
         found = [parse_request(content) for content, _ in requests]
         only = self._faults.fault_id
         struck = {each for each in found if isinstance(each, str) and (not only or each in only)}
@@ -183,7 +183,7 @@ class Maker:
         for number, each in enumerate(found):
             if each in struck and random.random() < self._faults.fail_rate:  # noqa: S311
                 self._played.labels("failure").inc()
-                found[number] = Refused(500, "failure", "a failure, as --fail-rate asks")
+                found[number] = Refused(500, "failure", "a failure on purpose: see --fail-rate")
         valid = [(each, origin) for each, (_, origin) in zip(found, requests, strict=True) if isinstance(each, str)]
         created = iter(self._widgets.create(valid))
         return [self._refuse(each) if isinstance(each, Refused) else self._show(*next(created)) for each in found]
@@ -212,7 +212,7 @@ def parse_request(content: Any) -> str | Refused:
 
 
 def as_origin(message: Any, receives: Any, age: Any) -> Origin:
-    """What a POST tells of its message, as far as it can be shown."""
+    """What a POST says about its message, where that is fit to be shown."""
     numbers = (int(each) if re.fullmatch("[0-9]{1,9}", str(each)) else None for each in (receives, age))
     return Origin(one_line(message, 200) if message else None, *numbers)
 
@@ -225,7 +225,7 @@ def ago(created_at: str) -> str:
 
 
 def wants_page() -> bool:
-    """Whether the client would rather have a page than JSON, as browsers say; who takes both alike gets JSON."""
+    """Whether the client prefers a page to JSON, as browsers do. One that takes either equally gets JSON."""
     return request.accept_mimetypes.best_match(["application/json", "text/html"]) == "text/html"
 
 
@@ -247,17 +247,17 @@ def parse_outage(ctx: click.Context, param: click.Parameter, value: str) -> tupl
 @click.option("--host", default="127.0.0.1", help="Address to listen at.")
 @click.option("--port", type=click.IntRange(1, 65_535), default=5000, help="Port to listen at.")
 @click.option("--database", metavar="FILE", type=Path, help="SQLite file of the widgets.  [default: one of this user]")
-@click.option("--allowed-host", metavar="NAME", multiple=True, help="Another name to answer to in a Host header.")
+@click.option("--allowed-host", metavar="NAME", multiple=True, help="Another name to accept in Host headers.")
 @signing_options
 @click.option("--fail-rate", type=click.FloatRange(0, 1), default=0.0, help="Fault: share of valid POSTs answered 500.")
-@click.option("--latency", type=click.FloatRange(0, 3600), default=0.0, help="Fault: seconds before such an answer.")
-@click.option("--fault-id", metavar="ID", multiple=True, help="Let these two faults strike only this widget id.")
+@click.option("--latency", type=click.FloatRange(0, 3600), default=0.0, help="Fault: seconds that valid POSTs wait.")
+@click.option("--fault-id", metavar="ID", multiple=True, help="Limit these two faults to this widget id.")
 @click.option(
     "--outage",
     callback=parse_outage,
     default="0:0",
     metavar="START:SECONDS",
-    help="Fault: answer 503, from when, for how long (s).",
+    help="Fault: answer 503 after START s, for SECONDS s.",
 )
 @logging_options
 def cli(host: str, port: int, database: Path | None, allowed_host: Sequence[str], **given: Any) -> None:
@@ -281,7 +281,7 @@ def cli(host: str, port: int, database: Path | None, allowed_host: Sequence[str]
 
     with closing(Widgets(database)) as widgets:
         maker = Maker(widgets, faults, hosts, signer)
-        threads = 64 if faults.latency else 8  # one is kept by each POST that waits
+        threads = 64 if faults.latency else 8  # each POST that waits occupies one
         with serving(maker.app, host, port, threads):
             log.info("making widgets", url=f"http://{name}:{port}/", database=str(database))
             run_until_signal(watch, stopped.set)

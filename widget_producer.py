@@ -35,27 +35,27 @@ PAGE, LOOK_S, LOOK_AGAIN_S, HINT_AFTER_S = 1000, 1.0, 0.5, 3.0
 
 
 def random_ids(count: int) -> Iterator[str]:
-    """UUIDs of version 1 that tell nothing of this machine: the node is random, and marked so by its multicast bit."""
+    """UUIDs of version 1 that reveal nothing about this machine: their node is random, as its multicast bit says."""
     node, clock_seq = secrets.randbits(48) | 1 << 40, secrets.randbits(14)
     return (str(uuid.uuid1(node, clock_seq)) for _ in range(count))
 
 
 def read_ids(file: BinaryIO) -> Iterator[str]:
-    """The ids in the file, one a line, blank lines left out. Raises ConfigError for what is no UTF-8 text."""
-    lines = iter(lambda: file.readline(MOST_BODY_BYTES + 1), b"")  # one without line ends must not fill the memory
+    """The ids in the file, one per line; blank lines are skipped. Raises ConfigError where it is not UTF-8 text."""
+    lines = iter(lambda: file.readline(MOST_BODY_BYTES + 1), b"")  # a file without line ends must not fill the memory
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
                 yield line.decode("utf-8-sig").rstrip("\r\n")
         except UnicodeDecodeError as error:
-            raise ConfigError(f"--ids-file, line {number:,}: is no UTF-8 text") from error
+            raise ConfigError(f"--ids-file, line {number:,}: is not UTF-8 text") from error
 
 
 def request(widget_id: str) -> dict[str, JSON]:
     """The request that creates the widget. Raises ConfigError where it is too long to be sent."""
     body = {"widget_id": widget_id}
     if len(json.dumps(body)) > MOST_BODY_BYTES:
-        raise ConfigError(f"widget id {as_line(widget_id)}: makes a body of over {MOST_BODY_BYTES:,} bytes")
+        raise ConfigError(f"widget id {as_line(widget_id)}: its request would have over {MOST_BODY_BYTES:,} bytes")
     return body
 
 
@@ -64,7 +64,7 @@ def post_all(
 ) -> None:
     """Post a request for each widget id, batch by batch; report each batch as soon as it is stored.
 
-    report: takes widget ids by message id. Raises PostIncomplete where some are stored and some not, or perhaps.
+    report: takes widget ids by message id. Raises PostIncomplete where only some, or perhaps only some, are stored.
     """
     posted, batch = 0, list[str]()
     try:
@@ -79,7 +79,7 @@ def post_all(
             note(as_line("perhaps stored:", batch[index]))
         report({message_id: batch[index] for index, message_id in error.accepted.items()})
         raise
-    except (KeyboardInterrupt, SystemExit):  # of a signal
+    except (KeyboardInterrupt, SystemExit):  # raised by a signal
         for widget_id in batch:
             note(as_line("perhaps stored:", widget_id))
         raise
@@ -93,9 +93,9 @@ def post_all(
 def await_responses(
     queues: Queues, queue: str, pending: dict[str, str], timeout: float
 ) -> Iterator[tuple[str, dict[str, JSON]]]:
-    """The widget id and the first response of each pending request, until none is pending or `timeout` is over.
+    """Yield widget id and first response of each pending request, until none is pending or `timeout` seconds are over.
 
-    pending: widget ids by message id; an answered request leaves it. Its responses are deleted, others stay queued.
+    pending: widget ids by message id; answered requests are removed from it. Their responses are deleted, others stay.
     """
     ours, marker, deadline = set(pending), "", time.monotonic() + timeout
     hint_at: float | None = deadline - timeout + HINT_AFTER_S
@@ -114,7 +114,7 @@ def await_responses(
                     del pending[id_]
             if found:
                 queues.delete(queue, [message.id for message in found])
-        except QueueUnavailable as error:  # what a failed delete leaves behind goes when its TTL ends
+        except QueueUnavailable as error:  # a response whose delete failed expires later
             time.sleep(min(left, max(LOOK_AGAIN_S, error.retry_after)))
 
 
@@ -127,8 +127,8 @@ def await_responses(
 )
 @queue_options("request", "response")
 @click.option("--widget-id", metavar="ID", multiple=True, help="Id of the widget; may be repeated.  [default: random]")
-@click.option("--count", type=click.IntRange(1, 100_000_000), help="Submit so many requests with random ids: UUIDs v1.")
-@click.option("--ids-file", type=click.File("rb"), metavar="FILE", help="File with a widget id a line; `-` is stdin.")
+@click.option("--count", type=click.IntRange(1, 100_000_000), help="Submit this many requests with random v1 UUIDs.")
+@click.option("--ids-file", type=click.File("rb"), metavar="FILE", help="File with an id on each line; `-` is stdin.")
 @click.option("--ttl", type=MESSAGE_SECONDS, default=3600, help="Seconds that a request may wait to be received.")
 @click.option("--wait", is_flag=True, help="Wait for each request's outcome; print WIDGET_ID OUTCOME [REASON].")
 @click.option("--timeout", type=click.FloatRange(0.1, 1_209_600), default=60.0, help="Seconds to wait with --wait.")
@@ -137,7 +137,7 @@ def cli(*, wait: bool, as_json: bool, **given: Any) -> int:
     """Submit requests that create widgets; print MESSAGE_ID WIDGET_ID for each one that is stored.
 
     Exit codes: 0 all stored (with --wait: all created), 1 failed (with --wait: not all created), 2 usage, 3 the wait
-    timed out, 4 credentials, 5 a local file cannot be used, 6 some requests were stored and some not, or nobody knows.
+    timed out, 4 credentials, 5 a local file cannot be used, 6 only some requests were stored, or that is unknown.
     """
     if not wait and click.get_current_context().get_parameter_source("timeout") in GIVEN:
         raise ConfigError("--timeout: there is nothing to wait for without --wait")
@@ -172,7 +172,7 @@ def cli(*, wait: bool, as_json: bool, **given: Any) -> int:
                 outcomes.add(str(response.get("outcome")))
                 progress.advance(task)
         finally:
-            for message_id, widget_id in pending.items():  # nothing that is stored goes unreported
+            for message_id, widget_id in pending.items():  # so that every stored request is reported
                 note(as_line("no response yet:", message_id, widget_id))
     if pending:
         silent = f"{len(pending):,} without a response after {given['timeout']:g} s, still queued"

@@ -17,18 +17,18 @@ from .letters import PAGE, bring_back, is_letter
 KINDS = {"request": "request_queue", "response": "response_queue", "dead-letter": "dead_letter_queue"}
 NUMBERS, PORTS = click.IntRange(1, 1_000_000_000), click.IntRange(1, 65_535)
 OWN: dict[str, Any] = {"allow_from_autoenv": False, "show_envvar": True}
-"""For an option that is another variable than the maker's of that name, which may be set for all commands."""
+"""For options whose variable differs from the maker's of that name, which may be set for all commands."""
 
 ttl_option = click.option("--ttl", type=MESSAGE_SECONDS, default=3600, help="Seconds that a request may wait.")
 json_option = click.option("--json", "as_json", envvar="WIDGET_JSON", is_flag=True, help="Print JSON lines.")
-limit_option = click.option("--limit", type=NUMBERS, default=NUMBERS.max, show_default="all", help="At most so many.")
+limit_option = click.option("--limit", type=NUMBERS, default=NUMBERS.max, show_default="all", help="At most this many.")
 
 
 @click.group(cls=Group)
 def cli() -> None:
-    """Look at the queues and repair them. `COMMAND --help` tells more.
+    """Look at the queues and repair them. For more, see `COMMAND --help`.
 
-    Exit codes: 0 done, 1 failed, 2 usage, 4 credentials, 5 a local file cannot be used, 6 nobody knows whether a
+    Exit codes: 0 done, 1 failed, 2 usage, 4 credentials, 5 a local file cannot be used, 6 it is unknown whether a
     request was brought back: its dead letter stays.
     """
 
@@ -57,7 +57,7 @@ def stats(*, as_json: bool, **given: Any) -> None:
 )
 @click.argument("kind", type=click.Choice(KINDS), default="request")
 @queue_options(*KINDS)
-@click.option("--limit", type=NUMBERS, default=10, help="At most so many messages.")
+@click.option("--limit", type=NUMBERS, default=10, help="At most this many messages.")
 @json_option
 def peek(kind: str, limit: int, *, as_json: bool, **given: Any) -> None:
     """Show the messages of a queue, oldest first, without claiming them: ID AGE RECEIVES BODY."""
@@ -102,7 +102,7 @@ def dead_letters(dead_letter_queue: str, limit: int, *, as_json: bool, **given: 
 def redrive(limit: int, *, dry_run: bool, **given: Any) -> None:
     """Bring dead letters back to the request queue, oldest first: OLD_ID NEW_ID. Their counts begin at zero.
 
-    The request is posted first and the dead letter deleted then: what interrupts it leaves a request twice, never lost.
+    Each request is posted before its dead letter is deleted: an interruption can leave it twice, and never loses it.
     """
     names = [given["dead_letter_queue"], given["request_queue"]]
     with opened(given, *names, looking=True) as queues:
@@ -115,13 +115,13 @@ def redrive(limit: int, *, dry_run: bool, **given: Any) -> None:
             note(f"{names[0]}: no dead letters to bring back")
         ttl = given["ttl"] if queues.limits.has_message_ttl else None
         if left := bring_back(queues, *names, limit=limit, ttl=ttl, tell=tell):
-            raise click.ClickException(f"{left:,} messages stay: no dead letters, or taken by another meanwhile")
+            raise click.ClickException(f"{left:,} messages stay: not dead letters, or taken by another meanwhile")
 
 
 @cli.command(examples=["python -m claim_queues purge response", "python -m claim_queues purge dead-letter --yes"])
 @click.argument("kind", type=click.Choice(KINDS))
 @queue_options(*KINDS)
-@click.option("--yes", is_flag=True, allow_from_autoenv=False, help="Do not ask; for this one there is no variable.")
+@click.option("--yes", is_flag=True, allow_from_autoenv=False, help="Do not ask. This option has no variable.")
 def purge(kind: str, *, yes: bool, **given: Any) -> None:
     """Remove all messages of a queue for good, claimed ones too. Asks first."""
     name = given[KINDS[kind]]
@@ -159,10 +159,10 @@ def check(**given: Any) -> int:
 def web(host: str, port: int, **given: Any) -> None:
     """Serve a page of the queues to this machine's browsers until Ctrl-C: numbers, messages, dead letters, redrive.
 
-    Only the link that it prints opens the page, once: the browser is known by a cookie then.
+    Only the link that it prints opens the page, and only once: from then on a cookie identifies the browser.
     """
     if not is_loopback(host):
-        raise click.UsageError("--host: name an address of this machine alone: others come through `ssh -L`")
+        raise click.UsageError("--host: name a loopback address; from other machines use `ssh -L`")
     from .web import serve
 
     names = {kind: given[option] for kind, option in KINDS.items()}
@@ -171,7 +171,7 @@ def web(host: str, port: int, **given: Any) -> None:
 
 
 def no_letter(body: JSON) -> dict[str, JSON]:
-    return {"reason": f"no dead letter: {json.dumps(body)}"}
+    return {"reason": f"not a dead letter: {json.dumps(body)}"}
 
 
 def summary(letter: dict[str, JSON]) -> list[JSON]:
@@ -186,7 +186,7 @@ def tell(old_id: str, new_id: str | None) -> None:
 
 
 def browse_all(queues: Queues, name: str) -> Iterator[Message]:
-    """All messages of the queue, asked for as they are taken. Raises ConfigError where the service cannot show them."""
+    """All messages of the queue, fetched page by page as needed. Raises ConfigError where the service shows none."""
     page, marker = queues.browse(name, limit=PAGE)
     if not page:
         note(f"{name}: nothing to show")

@@ -33,23 +33,23 @@ class Message(NamedTuple):
 
 @dataclass(slots=True)
 class Claim:
-    """Messages that are ours until `expires_at`; what was settled, or could not be renewed, has left."""
+    """Messages that are ours until `expires_at`. Those that were settled or could not be renewed have left it."""
 
     id: str
     queue: str
-    ttl: int  # seconds, as it was asked for; each renewal repeats both
+    ttl: int  # seconds, as asked for; each renewal asks for ttl and grace again
     grace: int
     messages: tuple[Message, ...]
     expires_at: float  # monotonic seconds; 0: it is lost
-    posted: set[tuple[str, int]] = field(default_factory=set)  # message id and place of outcomes not to post again
-    deleted: set[str] = field(default_factory=set)  # ids of messages whose delete is not told yet, after an error
+    posted: set[tuple[str, int]] = field(default_factory=set)  # message id and place of each outcome stored so far
+    deleted: set[str] = field(default_factory=set)  # ids deleted before an error, to be reported by the next settle
 
     def holds(self, seconds: float) -> bool:
         """Whether the claim surely lasts that much longer."""
         return self.expires_at - time.monotonic() >= seconds
 
     def drop(self, ids: Collection[str]) -> None:
-        """Let these messages leave."""
+        """Take these messages out of the claim."""
         self.messages = tuple(message for message in self.messages if message.id not in ids)
 
 
@@ -64,8 +64,8 @@ class Post(NamedTuple):
 class Settlement(NamedTuple):
     """What to post for a message before it is deleted.
 
-    fenced: delete it only while the claim still holds it. Bulk deletes may ignore claims where it is False; right only
-    where a second holder would come to the same outcome.
+    fenced: delete it only while the claim still holds it. If False, a bulk delete may ignore claims: safe only where a
+    second holder would come to the same outcome.
     """
 
     message: Message
@@ -130,7 +130,7 @@ class Queues(Protocol):
     Every operation raises QueueUnavailable when the service does not answer now, QueueNotFound for a missing queue,
     QueueForbidden or CredentialsError when it refuses the caller, and ConfigError for values that it refuses.
 
-    address: names the service and the account or file, without secrets, alike in all processes that share it.
+    address: names the service and the account or file, without secrets, the same in all processes that share it.
     credentials: where they were found, for people.
     """
 
@@ -202,7 +202,7 @@ class Queues(Protocol):
         """Free connections and files; no other call may follow."""
 
     def inspect(self, queue: str, *, is_posted_to: bool = False) -> list[str]:
-        """What of the queue or the service would surprise its users, such as a receive limit of its own; in words.
+        """Sentences about what may surprise users of the queue or service, such as a receive limit of its own.
 
         is_posted_to: outcomes are posted to it; else messages are claimed from it.
         """
@@ -220,7 +220,7 @@ def expiry(asked_at: float, ttl: int) -> float:
     return asked_at + ttl - CLAIM_MARGIN_S
 
 
-_DECODER = json.JSONDecoder(parse_constant=int)  # which takes none of its constants: NaN, Infinity and -Infinity
+_DECODER = json.JSONDecoder(parse_constant=int)  # int() refuses these constants: NaN, Infinity, -Infinity
 
 
 def decode(text: str) -> JSON:

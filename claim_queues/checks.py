@@ -31,7 +31,7 @@ class Report:
 
 
 def check_queues(report: Report, queues: Queues, names: Iterable[str], *, create: bool) -> None:
-    """Check the service and its queues, the request queue first; changes nothing but for `create`."""
+    """Check the service and its queues, the request queue first; changes nothing unless `create` is true."""
     limits = queues.limits
     report.ok(f"{limits.service} opened: {queues.address}")
     report.ok(f"credentials: {queues.credentials}")
@@ -52,7 +52,7 @@ def check_queues(report: Report, queues: Queues, names: Iterable[str], *, create
 
 
 def check_state(report: Report, path: Path) -> None:
-    """Warn where the file does not outlive this machine or container; Linux says so."""
+    """Warn where the file would be lost with this machine or container. Works on Linux only."""
     mounts = Path("/proc/mounts")
     kinds = dict(line.split()[1:3] for line in mounts.read_text().splitlines()) if mounts.exists() else {}
     kind = kinds.get(max((point for point in kinds if path.resolve().is_relative_to(point)), default=""))

@@ -52,8 +52,8 @@ SECTIONS = {
     "as_json": "Output",
     "log_format": "Other",
 }
-"""Of the help: the option that begins each, and its title."""
-SAME_SIGNAL_S = 0.5  # GNU timeout, among others, sends a signal to the process and then to its group, with it again
+"""The sections of the help: the option that begins each one, and its title."""
+SAME_SIGNAL_S = 0.5  # GNU timeout and others signal the process and then its group: it gets the signal twice
 
 
 class Command(click.Command):
@@ -66,7 +66,7 @@ class Command(click.Command):
         super().__init__(*args, **kwargs)
         settings = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "WIDGET", "show_default": True}
         self.context_settings = {**self.context_settings, **settings, "max_content_width": 100}
-        variables = "Each option is also an environment variable: --queue-url would be WIDGET_QUEUE_URL."
+        variables = "Each option is also an environment variable: --queue-url is WIDGET_QUEUE_URL."
         self.epilog = "\n  ".join(["\b\nExamples:", *examples]) + f"\n\n{variables}" if examples else variables
         click.version_option(__version__, allow_from_autoenv=False)(self)
 
@@ -83,7 +83,7 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         if any(isinstance(value, float) and math.isnan(value) for value in ctx.params.values()):
-            raise click.UsageError("NaN is in no option's range")  # click compares it with both ends, and lets it pass
+            raise click.UsageError("NaN is in no option's range")  # click's own check of ranges lets it pass
         queues = [check_queue(value).casefold() for name, value in ctx.params.items() if name.endswith("_queue")]
         if len(set(queues)) < len(queues):
             raise click.UsageError(f"the queues must differ: {', '.join(queues)}")
@@ -107,9 +107,9 @@ class Command(click.Command):
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except OSError:  # told before; Python would try again at its end, and exit with a code of its own
+            except OSError:  # reported already; else Python would flush again and exit with its own code
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        for number in (signal.SIGTERM, signal.SIGHUP):  # one that comes while Python ends
+        for number in (signal.SIGTERM, signal.SIGHUP):  # for one that comes while Python ends
             signal.signal(number, signal.SIG_DFL)
         sys.exit(code)
 
@@ -140,7 +140,7 @@ def queue_options(*kinds: str) -> Callable[[Callable[..., Any]], Callable[..., A
 
 
 def state_path(name: str) -> Path:
-    """A file of this user, wherever the command is started. Raises StoreError where its directory cannot be made."""
+    """A file in this user's state directory, from any working directory. Raises StoreError where it cannot be made."""
     directory = platformdirs.user_state_path("itchy-octo-chainsaw")
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def state_path(name: str) -> Path:
 
 @contextmanager
 def opened(given: dict[str, Any], *names: str, looking: bool = False) -> Iterator[Queues]:
-    """The queue service of these options until the block ends, where the named queues exist; see require_queues.
+    """Open the queue service of these options until the block ends, and require the named queues (require_queues).
 
     Raises ConfigError for an option that the user gave and the service cannot honour.
     """
@@ -169,7 +169,7 @@ def opened(given: dict[str, Any], *names: str, looking: bool = False) -> Iterato
 def require_queues(queues: Queues, names: Iterable[str], *, create: bool, looking: bool = False) -> None:
     """Create missing queues or raise QueueNotFound: a mistyped name must not look like an empty queue.
 
-    looking: also where the service makes a queue at its first use, for commands that change nothing.
+    looking: raise it even where the service makes queues at their first use; for commands that change nothing.
     """
     for name in names:
         if queues.exists(name):
@@ -181,7 +181,7 @@ def require_queues(queues: Queues, names: Iterable[str], *, create: bool, lookin
 
 
 def one_line(text: object, limit: int = 256) -> str:
-    """The text with what would break a line or steer a terminal escaped, cut at `limit` characters."""
+    """The text on one line, cut at `limit` characters; what would break the line or control a terminal is escaped."""
     escaped = str(text)[: limit + 1]
     if not escaped.isprintable():
         escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
@@ -199,7 +199,7 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print rows: on a terminal as a table as wide as that, elsewhere as a line each, without the head."""
+    """Print rows: on a terminal as a table of its width; elsewhere one row per line, without the head."""
     if not is_terminal(sys.stdout):
         for row in rows:
             print_lines([as_line(*row)])
@@ -212,31 +212,31 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 
 def note(text: str) -> None:
-    """Tell people something on stderr, where that can be written to."""
+    """Print a message for people on stderr; does nothing if that cannot be written."""
     with suppress(OSError):
-        print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one write, and click.echo takes four times as long
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one write; click.echo takes four times as long
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print lines for programs on stdout; where that fails, on stderr, so that none is lost. Then it raises."""
+    """Print lines for programs on stdout. If that fails, print them on stderr, so that none is lost, and raise."""
     text = "".join(f"{line}\n" for line in lines)
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except OSError as error:
         note(text.rstrip("\n"))
-        raise click.ClickException(f"stdout: {error.strerror}: stopped after what stands above") from error
+        raise click.ClickException(f"stdout: {error.strerror}: stopped after the lines above") from error
 
 
 def _prepare() -> None:
-    """Make up for what the caller has closed, set or left out."""
+    """Handle closed streams, default signals, and variables that Kubernetes sets."""
     sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115 it stays open
-    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")  # each write is an error, as it was
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")  # each write still fails
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # which process 1 of a container would ignore
+        if signal.getsignal(number) is signal.SIG_DFL:  # process 1 of a container would ignore it
             signal.signal(number, lambda found, _: sys.exit(128 + found))
     for name, value in list(os.environ.items()):  # Kubernetes sets WIDGET_PORT for a Service named `widget`
         if name.startswith("WIDGET_") and value.startswith(("tcp://", "udp://", "sctp://")):
@@ -246,14 +246,14 @@ def _prepare() -> None:
 def logging_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--log-format and --log-level."""
     levels, forms = click.Choice(["debug", "info", "warning", "error"]), click.Choice(["text", "json"])
-    function = click.option("--log-level", type=levels, default="info", help="Least level logged.")(function)
-    return click.option("--log-format", type=forms, default="text", help="Form of the log on stderr.")(function)
+    function = click.option("--log-level", type=levels, default="info", help="Lowest level logged.")(function)
+    return click.option("--log-format", type=forms, default="text", help="Format of the log on stderr.")(function)
 
 
 def configure_logging(form: str, level: str) -> None:
-    """Log one event a line on stderr, as `text` or as one JSON object.
+    """Log one event per line on stderr, as `text` or as a JSON object.
 
-    What libraries log joins in from `warning` on: at `debug` they print tokens.
+    Messages of libraries are included from `warning` up only: at `debug` they print tokens.
     """
     number, is_watched = getattr(logging, level.upper()), form == "text" and is_terminal(sys.stderr)
     stamp = structlog.processors.TimeStamper("%H:%M:%S" if is_watched else "iso", utc=not is_watched)
@@ -263,12 +263,12 @@ def configure_logging(form: str, level: str) -> None:
     structlog.configure(
         processors=[structlog.processors.add_log_level, stamp, *([_in_short] if is_watched else []), *render],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        # Which drops lines while stderr takes none, as on a full disk: the work goes on.
+        # note() drops lines while stderr takes none, as on a full disk: the work goes on.
         logger_factory=lambda *_: SimpleNamespace(debug=note, info=note, warning=note, error=note, critical=note),
     )
     logging.basicConfig(format="%(message)s", handlers=[_FromLibraries()], force=True)
     logging.getLogger().setLevel(max(number, logging.WARNING))
-    for name in ("keystoneauth", "botocore.credentials"):  # they warn of what they then raise, or get over
+    for name in ("keystoneauth", "botocore.credentials"):  # they warn of errors that they then raise or handle
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -278,14 +278,14 @@ class _FromLibraries(logging.Handler):
 
 
 def _in_short(_: Any, __: str, fields: EventDict) -> EventDict:
-    """Without what goes without saying, so that the line of a widget that was created fits 80 columns."""
+    """Drop the obvious fields, so that the line of a created widget fits 80 columns."""
     if fields["event"] == "created":
         return {key: fields[key] for key in ("event", "timestamp", "level", "widget", "ms")}
     return fields
 
 
 def _on_one_line(_: Any, __: str, fields: EventDict) -> EventDict:
-    """Without empty fields; an event of a library may hold a traceback."""
+    """Drop empty fields and escape line breaks. Events of libraries may hold tracebacks, so they are cut later."""
     return {
         key: value if isinstance(value, int | float) else one_line(value, 4000 if key == "event" else 500)
         for key, value in fields.items()
@@ -296,7 +296,7 @@ def _on_one_line(_: Any, __: str, fields: EventDict) -> EventDict:
 def run_until_signal(work: Callable[[], object], stop: Callable[[], None]) -> None:
     """Do the work in a thread. The first SIGTERM, SIGINT or SIGHUP calls `stop`; a second one ends the process.
 
-    One that is ignored when the process starts, as under nohup, stays ignored.
+    A signal that is ignored when the process starts, as under nohup, stays ignored.
     """
     stopped_at: float | None = None
 
@@ -313,6 +313,6 @@ def run_until_signal(work: Callable[[], object], stop: Callable[[], None]) -> No
             signal.signal(number, on_signal)
     with ThreadPoolExecutor(1, "work") as pool:
         working = pool.submit(work)
-        while not working.done():  # of two signals at once another thread may take both; no wait ends then
+        while not working.done():  # another thread may take two signals at once; then no wait is interrupted
             wait([working], timeout=0.5)
         working.result()

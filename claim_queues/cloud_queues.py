@@ -1,7 +1,7 @@
 """Rackspace Cloud Queues, API v1, through pyrax; and any OpenStack Zaqar that still speaks API v1.
 
-What pyrax does badly is replaced in two subclasses: no timeouts, a new connection for each request, a sign-in that one
-bad answer breaks until the process ends, settings that turn TLS verification off by a slip, a claim of two requests.
+Two subclasses replace what pyrax does badly: it has no timeouts, opens a connection for each request, cannot sign in
+again after one bad answer, turns TLS verification off by one mistaken setting, and needs two requests for a claim.
 """
 
 import collections.abc
@@ -56,12 +56,12 @@ class Identity(RaxIdentity):  # type: ignore[misc]
                 try:
                     self.authenticate()
                 except (AttributeError, KeyError, TypeError, ValueError) as error:
-                    self.token = None  # it may be known already
-                    raise QueueUnavailable(f"{self.auth_endpoint}: that is no answer of a sign-in") from error
+                    self.token = None  # authenticate() may have set it
+                    raise QueueUnavailable(f"{self.auth_endpoint}: this is not the answer of a sign-in") from error
             return str(self.token)
 
     def method_post(self, uri: str, *_: Any, data: Any = None, **__: Any) -> tuple[Answer, Any]:
-        # A refusal is raised here: after one that it sees, RaxIdentity signs in with passwords until the process ends.
+        # Refusals are raised here: once RaxIdentity sees one, it signs in with passwords until the process ends.
         url = f"{self.auth_endpoint.rstrip('/')}/{uri}"
         answer = self._http.post(url, json=data, allow_redirects=False)
         if (status := answer.status_code) < requests.codes.multiple_choices:
@@ -82,7 +82,7 @@ class Identity(RaxIdentity):  # type: ignore[misc]
 
 
 class Client(QueueClient):  # type: ignore[misc]
-    """pyrax's client of one region. What refuses is returned too, not raised."""
+    """pyrax's client of one region. It returns refusals instead of raising them."""
 
     management_url: str | None
 

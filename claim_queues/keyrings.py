@@ -1,4 +1,4 @@
-"""A secret from keyring, and from no backend of it that keeps secrets in plain text."""
+"""Secrets from keyring, but never from a backend that keeps them in plain text."""
 
 import keyring
 
@@ -6,7 +6,7 @@ from .errors import CredentialsError
 
 
 def secret(service: str, user: str, *, what: str) -> str:
-    """What `keyring set SERVICE USER` has stored. what: what it is, for people.
+    """The secret that `keyring set SERVICE USER` stored. what: its kind, for messages.
 
     Raises CredentialsError, which says what to do, where keyring has none, fails, or would keep it in plain text.
     """
@@ -17,7 +17,7 @@ def secret(service: str, user: str, *, what: str) -> str:
         names = [f"{type(each).__module__}.{type(each).__name__}" for each in chain]
         plain = [name for name in names if name.startswith("keyrings.alt.") and "Encrypted" not in name]
         found = None if plain else backend.get_password(service, user)
-    except Exception as error:  # a backend is a plug-in, and raises what it likes
+    except Exception as error:  # a backend is a plug-in, and may raise anything
         raise CredentialsError(
             f"keyring failed ({type(error).__name__}: {error}): start or unlock GNOME Keyring or KWallet, or name a"
             f" backend that encrypts by itself in PYTHON_KEYRING_BACKEND, {then}"

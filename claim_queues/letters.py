@@ -1,4 +1,4 @@
-"""Dead letters: what tells them from other messages, and their way back to the request queue."""
+"""Dead letters: how to tell them from other messages, find them, and bring them back to the request queue."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from .cli import one_line
 
 PAGE = 100
 SHOWN, SEARCHED = 50, 1000
-"""A search ends with so many found, or so many looked at."""
+"""A search ends when this many are found, or this many have been read."""
 
 
 def is_letter(body: JSON) -> bool:
@@ -26,9 +26,9 @@ def as_text(body: JSON) -> str:
 
 
 def search(queues: Queues, queue: str, words: str, after: str) -> tuple[list[tuple[str, Message]], str]:
-    """Messages behind the marker that hold these words, each with the marker to find it by; and the next marker.
+    """Messages after the marker that contain these words, each with the marker before its page; and the next marker.
 
-    It is empty where the queue has been read to its end.
+    The next marker is empty at the end of the queue.
     """
     found, seen = list[tuple[str, Message]](), 0
     while len(found) < SHOWN and seen < SEARCHED:
@@ -41,7 +41,7 @@ def search(queues: Queues, queue: str, words: str, after: str) -> tuple[list[tup
 
 
 def find(queues: Queues, queue: str, id_: str, after: str) -> Message | None:
-    """The message of that id, where it stands on the page behind that marker."""
+    """The message with that id, if it is on the page after that marker."""
     return next((message for message in _browse(queues, queue, after)[0] if message.id == id_), None)
 
 
@@ -68,15 +68,15 @@ def bring_back(
     ttl: int | None,
     tell: Callable[[str, str], None],
 ) -> int:
-    """Bring back what is there now, so that what fails again meanwhile does not go round.
+    """Bring back as many as are there now, so that those that fail again meanwhile do not go round.
 
-    What is no dead letter is held to the end, to get at those behind it. Returns how many messages stay for that, or
-    because another took them meanwhile. tell: is given the old and the new id once the request is stored.
+    Messages that are not dead letters are held to the end, to reach those behind them. Returns how many messages stay:
+    these, and what another took meanwhile. tell: is given the old and the new id once the request is stored.
     """
     held, free = list[Claim](), queues.stats(letter_queue).free
     try:
         while (most := min(limit, free, queues.limits.claim_limit)) > 0:
-            claim = queues.claim(letter_queue, ttl=300, grace=60, limit=most, wait=2)  # some of SQS come to a wait only
+            claim = queues.claim(letter_queue, ttl=300, grace=60, limit=most, wait=2)  # else SQS overlooks some
             if not claim:
                 break
             held.append(claim)
@@ -95,7 +95,7 @@ def bring_back(
 
 
 def delete_oldest(queues: Queues, queue: str, number: int) -> None:
-    """Delete the oldest messages, but for those that a claim holds. Raises ConfigError unless limits.can_browse."""
+    """Delete the oldest messages, except those that a claim holds. Raises ConfigError unless limits.can_browse."""
     after = ""
     while number > 0:
         page, after = queues.browse(queue, after=after, limit=min(number, PAGE))

@@ -1,4 +1,4 @@
-"""How pages are served, with one look: out of other web sites' reach, and until a block ends."""
+"""How web pages are served: in one style, out of reach of other web sites, until a block ends."""
 
 import logging
 import os
@@ -17,8 +17,8 @@ from werkzeug.exceptions import HTTPException, NotFound
 from .cli import one_line
 
 ADDRESS = re.compile(r"(localhost|[0-9.]+|\[[0-9a-f:.]+\])?")
-"""What a Host header says where no web site of others is meant, which a browser would call by its name."""
-MOST_BODY_BYTES = 5_242_880  # what is larger is cut off; below it, the application answers
+"""Host headers that other web sites cannot cause: for them a browser would send their own names."""
+MOST_BODY_BYTES = 5_242_880  # larger bodies are cut off; the application answers all others
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -36,7 +36,7 @@ class Refused(HTTPException):
 
 
 class App(Flask):
-    """Pages of a package: what its own templates and static files lack is taken from those of this package."""
+    """Pages of a package. Templates and static files that it lacks are taken from this package."""
 
     def __init__(self, package: str) -> None:
         super().__init__(package)
@@ -57,9 +57,9 @@ def create_app(
     *,
     hint: str = "see --allowed-host",
 ) -> Flask:
-    """An application of that package that answers to addresses and these names, in lower case (None: to all).
+    """An application of that package that answers to IP addresses and these names, in lower case (None: to all).
 
-    A web site of others could read it through a browser under a name of its own that leads here. hint: what to do then.
+    Else other web sites could read it through a browser, by a name that leads here. hint: what a refusal advises.
     """
     app = App(package)
     app.jinja_env.filters |= {"line": one_line, "clock": as_clock}
@@ -69,7 +69,7 @@ def create_app(
         host = re.sub(":[0-9]+$", "", request.headers.get("Host", "").lower())
         is_ours = names is None or host in names or ADDRESS.fullmatch(host)
         if not is_ours and request.path != "/healthz":  # which a probe may ask under any name
-            raise Refused(421, "host_not_allowed", f"{one_line(host, 80)!r} is not its name: {hint}")
+            raise Refused(421, "host_not_allowed", f"{one_line(host, 80)!r} is not a name of this server: {hint}")
 
     @app.after_request
     def add_headers(response: Response) -> Response:
@@ -85,14 +85,14 @@ def as_clock(seconds: float) -> str:
 
 
 def serve_metrics(app: Flask, registry: CollectorRegistry) -> None:
-    """Answer /metrics with these, as Prometheus reads them."""
+    """Serve these metrics at /metrics, in the format of Prometheus."""
     metrics = {"Content-Type": CONTENT_TYPE_LATEST}
     app.add_url_rule("/metrics", "metrics", lambda: (generate_latest(registry), metrics))
 
 
 @contextmanager
 def serving(app: Flask, host: str, port: int, threads: int = 8) -> Iterator[None]:
-    """Serve until the block ends; what is being answered then has a second. Raises OSError where it cannot listen."""
+    """Serve until the block ends; requests in progress then get one second. Raises OSError where it cannot listen."""
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:

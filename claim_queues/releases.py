@@ -9,7 +9,7 @@ from .errors import QueueForbidden
 
 
 class Releases:
-    """Gives claims back after a delay. Where the service cannot delay they wait in a list, which `due` works off.
+    """Gives claims back after a delay. If the service cannot delay, they wait in a list until `due` releases them.
 
     A claim whose delay is longer than its life is left to expire. Thread-safe.
     """

@@ -20,7 +20,7 @@ Stored = str | QueuesError  # the id of a stored message, or why the message is 
 class RemoteQueues(Queues):
     """Posts in as few requests as the service takes, and settles: outcomes first, then the deletes.
 
-    request_room: the bytes of a request for documents, each of which takes one more.
+    request_room: the bytes that a request has for documents, each of which takes one byte more than its length.
     """
 
     request_room: int
@@ -31,15 +31,15 @@ class RemoteQueues(Queues):
 
     @abstractmethod
     def _document(self, body: JSON, ttl: int | None) -> str:
-        """A body as the service takes it; raises MessageRefused where it never does."""
+        """The body in the form of the service; raises MessageRefused if it will never be accepted."""
 
     @abstractmethod
     def _send_batch(self, queue: str, documents: Sequence[str]) -> Sequence[Stored]:
-        """Send one request: an entry for each document, or for the first few. MessageRefused: one spoils all."""
+        """Send one request; returns results for all or the first few. MessageRefused: one document spoils all."""
 
     @abstractmethod
     def _delete_settled(self, claim: Claim, settlements: Sequence[Settlement]) -> None:
-        """Delete messages whose outcomes are stored; what is gone goes into `claim.deleted`, before an error too."""
+        """Delete messages whose outcomes are stored. Add deleted ones to `claim.deleted`, even before an error."""
 
     def post(self, queue: str, bodies: Sequence[JSON], *, ttl: int | None = None) -> list[str]:
         results = self._store(queue, [self._document(body, ttl) for body in bodies])
@@ -55,7 +55,7 @@ class RemoteQueues(Queues):
         raise PostIncomplete(said, accepted=accepted, refused=refused, unknown=unknown)
 
     def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
-        """After an error all is to be asked for again."""
+        """After an error, call it again with the same settlements."""
         held = {message.id for message in claim.messages if claim.holds(0)} - claim.deleted
         ours = [each for each in settlements if each.message.id in held]
         failed = self._post_outcomes(claim, ours)
@@ -90,7 +90,7 @@ class RemoteQueues(Queues):
         return failed
 
     def _store(self, queue: str, documents: Sequence[str]) -> list[Stored]:
-        """The id or the error of each document. After an error that is no refusal of one, nothing more is sent."""
+        """The id or the error of each document. After any error but a refusal of one, nothing more is sent."""
         results: list[Stored] = []
         most = self.limits.post_limit
         while rest := documents[len(results) :]:
@@ -100,7 +100,7 @@ class RemoteQueues(Queues):
                 results += self._send_batch(queue, batch)
             except MessageRefused as error:
                 results += [error] if len(batch) == 1 else []
-                most = 1  # each alone, to find which it is
+                most = 1  # one by one, to find the refused one
             except QueuesError as error:
                 unsent = QueueUnavailable(str(error)) if isinstance(error, AnswerLost) else error
                 results += [error] * len(batch) + [unsent] * (len(rest) - len(batch))
@@ -108,30 +108,30 @@ class RemoteQueues(Queues):
 
 
 def raise_obstacle(errors: Iterable[QueuesError]) -> None:
-    """Raise the first error that is no refusal of one message alone."""
+    """Raise the first error that is not the refusal of a single message."""
     for error in errors:
         if not isinstance(error, MessageRefused):
             raise error
 
 
 def split_url(url: str, place: str, options: Collection[str], usage: str) -> tuple[str, dict[str, str]]:
-    """The place in a queue URL, by its pattern, and the options. ConfigError shows no URL: it may hold a secret."""
+    """Split a queue URL into a place of that pattern and options. ConfigError shows no URL: it may hold a secret."""
     found = re.fullmatch(rf"\w+://({place})/?(?:\?(?P<query>[^#]*))?", url)
     pairs = parse_qsl(found["query"] or "", keep_blank_values=True) if found else []
     given = {name: value for name, value in pairs if value and name in options}
     if not found or len(given) < len(pairs):
-        raise ConfigError(f"this is no queue URL, or it holds a secret: {usage}")
+        raise ConfigError(f"this is not a queue URL, or it holds a secret: {usage}")
     return found[1], given
 
 
 def with_options(address: str, options: Mapping[str, str | None]) -> str:
-    """The address, and after it the options that are given, in one order."""
+    """The address, followed by the options that are given, always in the same order."""
     given = {name: value for name, value in sorted(options.items()) if value}
     return address + (f"?{urlencode(given, safe=':/[]')}" if given else "")
 
 
 def is_here(endpoint: str) -> bool:
-    """Whether it is on this machine. Raises ConfigError where secrets would go there, or stand in it, unprotected."""
+    """Whether it is on this machine. Raises ConfigError if it holds a secret, or would receive secrets unencrypted."""
     if not (found := re.fullmatch(ENDPOINT, endpoint)):
         shown = endpoint.rpartition("@")[2].partition("?")[0]
         raise ConfigError(f"endpoint {shown}: only https is safe, or http to this very machine, without a password")

@@ -1,9 +1,9 @@
 """The embedded queue: one SQLite file, shared by any number of processes on one machine.
 
-A message is free while `held_until` is 0 or past, claimed while it lies ahead and `claim` is set, delayed while it
-lies ahead and `claim` is not. What lies more than 43,200 s ahead is over too: the clock was set back. Times are UTC
+A message is free while `held_until` is 0 or in the past. While that is in the future, the message is claimed if `claim`
+is set, else delayed. More than 43,200 s in the future counts as past: the clock was set back. Times are UTC
 milliseconds. Posts and deletes are synced; claims, renewals and releases are not: a power cut may undo them. A
-message id is the file's own prefix and a number, so that it names one message among those of all files.
+message id is the file's own prefix and a number, so that it is unique among all files.
 """
 
 import json
@@ -73,11 +73,11 @@ log = structlog.get_logger()
 
 
 class Store:
-    """A SQLite file, open for all threads of a process; a missing one is made, for its owner alone.
+    """A SQLite file, open for all threads of a process. A missing file is made, for its owner alone.
 
     application_id: marks the file as ours. Raises StoreError, and leaves the file as it is, where it is not ours,
-    newer, damaged, not writable or without its log, and once it was removed or replaced: what is written to a file
-    without a name is gone with the process. Raises QueueUnavailable where another process keeps it locked.
+    newer, damaged, not writable or without its log; also once it was removed or replaced, because what is written then
+    is lost when the process ends. Raises QueueUnavailable where another process keeps it locked.
     """
 
     def __init__(self, path: Path, application_id: int, schema: str) -> None:
@@ -89,7 +89,7 @@ class Store:
         try:
             self._set_up(application_id, schema)
         except BaseException:
-            # The last to close a file writes its log into it, unless told not to.
+            # The last connection to close writes the log into the file, unless told not to.
             self._connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, has_log)
             self._connection.close()
             raise
@@ -128,7 +128,7 @@ class Store:
 
     def version(self) -> tuple[Any, int] | None:
         """Changes with each commit: the first number with those of other connections, the second with our own."""
-        with self._lock, suppress(apsw.Error):  # who looks then will be told
+        with self._lock, suppress(apsw.Error):  # the look that follows raises it
             return self._connection.execute("PRAGMA data_version").get, self._connection.total_changes()
         return None
 
@@ -142,7 +142,7 @@ class Store:
         has_log = log.exists()
         if (has_log or journal.exists()) and not self.path.exists():
             raise StoreError(f"{self.path}: is missing, but its log is there: put it back, or move the log away too")
-        with suppress(FileExistsError):  # to open and close a file that is open already would drop its locks
+        with suppress(FileExistsError):  # opening and closing a file that is already open would drop its locks
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         found = self.path.stat()
         if not self.path.is_file() or (found.st_size == 0 if has_log else found.st_size % 4096):
@@ -163,8 +163,8 @@ class Store:
             elif version > VERSION:
                 raise StoreError(f"{self.path}: was made by a newer version of this program: upgrade")
         with self.reading() as file:
-            file.execute("PRAGMA fullfsync = 1; PRAGMA checkpoint_fullfsync = 1")  # macOS: through the disk's cache
-            for _ in range(BUSY_TIMEOUT_MS // 10):  # SQLite does not wait here, and two processes may make a file
+            file.execute("PRAGMA fullfsync = 1; PRAGMA checkpoint_fullfsync = 1")  # macOS: past the disk's cache
+            for _ in range(BUSY_TIMEOUT_MS // 10):  # SQLite does not wait here, and two processes may make one file
                 with suppress(apsw.BusyError):
                     if file.pragma("journal_mode", "wal") == "wal":
                         return
@@ -174,7 +174,7 @@ class Store:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """While no other thread uses the file; errors of SQLite and of the system become ours."""
+        """Keep other threads from the file until the block ends; turn errors of SQLite and the system into ours."""
         if not self._lock.acquire(timeout=BUSY_TIMEOUT_MS / 1000):
             raise QueueUnavailable(f"{self.path}: locked: other threads wait for it")
         try:
@@ -191,7 +191,7 @@ class Store:
 
 
 def _start_log_again(file: apsw.Connection, name: str, pages: int) -> int:
-    """After a commit. SQLite's own checkpoints wait for nobody, so the log grows while there is always a writer."""
+    """Called after each commit. SQLite's own checkpoints do not wait: with constant writers the log would grow."""
     if pages >= LONG_LOG_PAGES:
         file.set_busy_timeout(20)
         with suppress(apsw.Error):  # the commit is done; the next one tries again
@@ -201,7 +201,7 @@ def _start_log_again(file: apsw.Connection, name: str, pages: int) -> int:
 
 
 class SqliteQueues(Queues):
-    """Queues in one file, made at its first use; every queue is there once the file is.
+    """Queues in one file, which is made at its first use; every queue exists once the file does.
 
     clock: seconds since the epoch, the same for all processes that share it.
     """
@@ -324,7 +324,7 @@ class SqliteQueues(Queues):
             self._store.close()
 
     def _hold(self, claim: Claim, seconds: float, claim_id: str | None) -> frozenset[str]:
-        """Keep what the claim holds from others for so long, for that claim or none; returns the ids."""
+        """Hide what the claim holds for that long, under that claim id, or under none to delay it; returns the ids."""
         with self._file(claim.queue).writing(synced=False) as file:
             now, ids = self._now(), self._numbers(message.id for message in claim.messages)
             until = now + round(seconds * 1000) if seconds else 0
@@ -332,7 +332,7 @@ class SqliteQueues(Queues):
             return self._ids(file.execute(KEEP, values | {"for": claim_id}))
 
     def _looks(self, wait: float) -> Iterator[None]:
-        """Once, then each time that there may be something new, until the time is over or waiting is stopped."""
+        """Yield once, then whenever there may be something new, until the wait is over or stopped."""
         started = again_at = now = time.monotonic()
         seen = None
         while True:
@@ -357,7 +357,7 @@ class SqliteQueues(Queues):
             return self._store
 
     def _found(self, queue: str) -> Store | None:
-        """The file, unless it is missing yet: to look makes none."""
+        """The file, or None while it does not exist: looking does not make it."""
         check_queue(queue)
         if self._store is None and not self._path.exists():
             return None
@@ -372,5 +372,5 @@ class SqliteQueues(Queues):
         return frozenset(f"{self._prefix}{number}" for (number,) in rows)
 
     def _numbers(self, ids: Iterable[str]) -> str:
-        """What the file knows messages by, as a JSON array; ids of other files are left out."""
+        """The numbers of these messages in the file, as a JSON array; ids of other files are left out."""
         return json.dumps([id_.removeprefix(self._prefix) for id_ in ids if id_.startswith(self._prefix)])

@@ -1,7 +1,7 @@
 """Amazon SQS through boto3.
 
-SQS knows no claims: each message is hidden for itself, by a receipt handle, and a claim here is what one receive
-brought. Nor does it tell of a loss: a delete by an old handle "succeeds, but the message might not be deleted", and a
+SQS has no claims: each message is hidden by itself, under a receipt handle; a claim here is what one receive brought.
+Nor does SQS report a lost message: a delete by an old handle "succeeds, but the message might not be deleted", and a
 released message's handle still works. So our own clock, and what has left the claim, decide what is ours. Numbers and
 quotations without a source are from the SQS API reference and developer guide.
 """
@@ -27,7 +27,7 @@ from .remote import RemoteQueues, Stored, is_here, raise_obstacle, split_url, wi
 T = TypeVar("T")
 Entry = dict[str, Any]  # what a batch asks for one message, or a part of what SQS answers
 Results = tuple[dict[str, Entry], dict[str, QueuesError]]
-"""SQS's answers by entry id, and the errors of the other entries: MessageRefused for what it never does."""
+"""SQS's answers by entry id, and the errors of the other entries: MessageRefused for what it will never accept."""
 LONGEST_RETENTION_S, SHORT_RETENTION_S = 1_209_600, 345_600
 MOST_BYTES = 1_048_576  # of a message, and of the messages of a batch together (SendMessageBatch)
 LONGEST_HOLD_S = 43_200  # since the receive, renewals and delays included; SQS refuses what would go beyond
@@ -39,9 +39,9 @@ HINTS = {
     errors.QueueNotFound: ": create it with --create",
 }
 UNSENDABLE = {0xFFFE: r"\ufffe", 0xFFFF: r"\uffff"}
-"""What SQS refuses of the characters that JSON text can hold (SendMessage), as JSON escapes it."""
+"""Characters that JSON text can hold but SQS refuses (SendMessage), with their JSON escapes."""
 FAILURES = (sdk.BotoCoreError, sdk.ClientError, ResponseParserError, RuntimeError, KeyError, TypeError, ValueError)
-"""What calls of boto3 raise (RuntimeError: fresh credentials that are expired), and what reads their answers."""
+"""What boto3 raises (RuntimeError: new credentials that are expired), and what reading its answers raises."""
 ERRORS: dict[type[QueuesError], str] = {
     AnswerLost: "ChecksumError|HTTPClientError|IncompleteReadError|ResponseParserError|KeyError|TypeError|ValueError",
     QueueUnavailable: "ConnectionError|MetadataRetrievalError|Internal|OverLimit|PurgeQueueInProgress|Thrott"
@@ -52,7 +52,7 @@ ERRORS: dict[type[QueuesError], str] = {
     errors.QueueForbidden: "AccessDenied|Kms|NotAuthorized| 403$",
     MessageRefused: "BatchRequestTooLong|InvalidMessageContents|InvalidParameterValue|RequestEntityTooLarge",
 }
-"""By the names of boto3's exception and its bases, SQS's code, and the HTTP status. The first that is found counts."""
+"""Patterns for the names of boto3's exception and its bases, SQS's code and the HTTP status. The first match counts."""
 
 
 class SqsQueues(RemoteQueues):
@@ -122,7 +122,7 @@ class SqsQueues(RemoteQueues):
                 return None
 
     def renew(self, claim: Claim) -> None:
-        """What SQS does not renew, 12 hours after its receive for example, leaves the claim."""
+        """A message that SQS does not renew, for example 12 hours after its receive, leaves the claim."""
         asked_at = time.monotonic()
         renewed, failed = self._hide(claim, claim.ttl)
         claim.drop([id_ for id_, error in failed.items() if isinstance(error, MessageRefused)])
@@ -133,7 +133,7 @@ class SqsQueues(RemoteQueues):
         claim.expires_at = expiry(asked_at, claim.ttl)
 
     def release(self, claim: Claim, *, delay: float = 0) -> None:
-        """What SQS refuses to release, beyond 12 hours after its receive for example, is free when the claim ends."""
+        """A message that SQS refuses to release, as with a delay beyond its 12 hours, is free when the claim ends."""
         released, failed = self._hide(claim, min(math.ceil(delay), LONGEST_HOLD_S))
         claim.drop(released)  # they may be another's when this is tried again
         raise_obstacle(failed.values())
@@ -146,7 +146,7 @@ class SqsQueues(RemoteQueues):
         raise ConfigError("Amazon SQS deletes claimed messages only, never by id")
 
     def purge(self, queue: str) -> None:
-        """It takes up to 60 s, and what is posted meanwhile may go as well."""
+        """It takes up to 60 s, and messages posted meanwhile may be deleted too."""
         self._ask("purge_queue", queue, dict)
 
     def stats(self, queue: str) -> Stats:
@@ -159,11 +159,11 @@ class SqsQueues(RemoteQueues):
         return self._ask("get_queue_attributes", queue, read, AttributeNames=names)
 
     def inspect(self, queue: str, *, is_posted_to: bool = False) -> list[str]:
-        """What a policy forbids is asked with batches of nothing, which SQS refuses for another reason else."""
+        """Empty batches show what a policy forbids: SQS refuses them for another reason where it is allowed."""
         names = ["RedrivePolicy", "MessageRetentionPeriod"]
         attributes = self._ask("get_queue_attributes", queue, lambda it: dict(it["Attributes"]), AttributeNames=names)
         policy, retention = attributes.get("RedrivePolicy"), int(attributes["MessageRetentionPeriod"])
-        moves = f"queue {queue} has a redrive policy ({policy}): SQS moves messages away, in outages of the maker too"
+        moves = f"queue {queue} has a redrive policy ({policy}): SQS moves messages away, even while the maker is down"
         loses = f"queue {queue} keeps messages for {retention:,} s, claimed or not: raise its MessageRetentionPeriod"
         found = [moves] * bool(policy) + [loses] * (retention < SHORT_RETENTION_S)
         for operation in POSTING if is_posted_to else CLAIMING:
@@ -198,12 +198,12 @@ class SqsQueues(RemoteQueues):
         raise_obstacle(failed.values())
 
     def _hide(self, claim: Claim, seconds: int) -> Results:
-        """Hide all that the claim holds for so long from now."""
+        """Hide all messages of the claim for that long from now."""
         held = claim.messages if claim.holds(0) else ()
         entries = {each.id: {"ReceiptHandle": each.handle, "VisibilityTimeout": seconds} for each in held}
         try:
             return self._batch("change_message_visibility_batch", claim.queue, entries)
-        except MessageRefused as error:  # moto refuses all for one
+        except MessageRefused as error:  # moto refuses the whole batch for one entry
             return {}, dict.fromkeys(entries, error)
 
     def _batch(self, operation: str, queue: str, entries: Mapping[str, Entry]) -> Results:
@@ -213,7 +213,7 @@ class SqsQueues(RemoteQueues):
 
         def read(answer: Entry) -> Results:
             done = {each["Id"]: each for each in answer.get("Successful", ())}
-            silent = AnswerLost(f"{what}: SQS said nothing of some entries")
+            silent = AnswerLost(f"{what}: SQS left some entries out of its answer")
             failed: dict[str, QueuesError] = {id_: silent for id_ in entries if id_ not in done}
             for each in answer.get("Failed", ()):
                 status = {"HTTPStatusCode": 400 if each.get("SenderFault") else 500}
@@ -227,7 +227,7 @@ class SqsQueues(RemoteQueues):
         return self._ask("get_queue_url", queue, lambda answer: str(answer["QueueUrl"]), QueueName=queue)
 
     def _ask(self, operation: str, queue: str, read: Callable[[Entry], T], **values: Any) -> T:
-        """What `read` makes of SQS's answer."""
+        """Call SQS; returns what `read` makes of its answer."""
         check_queue(queue)
         if "QueueName" not in values:
             values["QueueUrl"] = self._url(queue)
@@ -259,18 +259,18 @@ class SqsQueues(RemoteQueues):
 
 
 def _translated(error: Exception, what: str, otherwise: type[QueuesError] = errors.QueueError) -> QueuesError:
-    """The contract's error. what: was asked, and of whom. otherwise: its class where ERRORS has none."""
+    """The contract's error for it. what: the call that failed. otherwise: the class where ERRORS has none."""
     said, response = str(error).strip(), error.response if isinstance(error, sdk.ClientError) else {}
     code = str(response.get("Error", {}).get("Code", ""))
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     names = " ".join([*(base.__name__ for base in type(error).__mro__), code, str(status)])
     kind = next((kind for kind, known in ERRORS.items() if re.search(known, names)), otherwise)
     if code.isdecimal():  # boto3 would repeat the whole page
-        said = f"HTTP {code}, not in SQS's words: look for a wrong region or endpoint, or for a proxy"
+        said = f"HTTP {code}, not from SQS itself: look for a wrong region or endpoint, or for a proxy"
     elif code and kind is CredentialsError:  # what AWS says about a wrong signature repeats the session token
-        said = f"AWS refuses the credentials ({code}), or this clock is wrong"
+        said = f"AWS refuses the credentials ({code}), or this machine's clock is wrong"
     elif kind is AnswerLost:
-        said = f"SQS gave no answer: {error!r}"
+        said = f"no answer from SQS that can be used: {error!r}"
     return kind(f"{what}: {said}{HINTS.get(kind, '')}")
 
 

@@ -26,7 +26,7 @@ NUMBERS = {"free": "Waiting", "claimed": "Claimed", "delayed": "Delayed", "oldes
 
 
 class Watch:
-    """Looks at the queues in a thread of its own, so that nobody waits for them, and keeps five minutes.
+    """Looks at the queues in a thread of its own, so that nobody waits for them; keeps the last five minutes.
 
     names: by kind. looks: when each was (monotonic), and what it found, by kind. trouble: why the last one failed.
     newest: the last messages seen, with the time of their post, by kind.
@@ -46,7 +46,7 @@ class Watch:
                 stats = {kind: self.queues.stats(name) for kind, name in self.names.items()}
                 for kind in self.newest:
                     self._follow(kind)
-            except Exception as error:  # whatever it is, the page says it
+            except Exception as error:  # whatever it is, the page shows it
                 trouble = str(error) or type(error).__name__
             self.looks.append((time.monotonic(), stats))
             self.trouble = trouble
@@ -56,12 +56,12 @@ class Watch:
             self.look()
 
     def history(self, kind: str, field: str) -> list[tuple[float, float | None]]:
-        """A number of a queue: seconds ago, and what it was then, None where it is not known."""
+        """One number of a queue over time: seconds ago, and its value then, None where it is unknown."""
         now = time.monotonic()
         return [(now - at, getattr(found.get(kind), field, None)) for at, found in list(self.looks)]
 
     def _follow(self, kind: str) -> None:
-        """Services show the oldest first: read on behind what was read, at first for several looks."""
+        """Read on to the newest messages. Services show the oldest first, so the first time takes several looks."""
         until = time.monotonic() + FOLLOW_S
         while time.monotonic() < until:
             page, marker = self.queues.browse(self.names[kind], after=self._markers[kind], limit=1000)
@@ -72,16 +72,16 @@ class Watch:
 
 
 class Web:
-    """What each address answers, to whom came by the link. app: all of it.
+    """The answer at each path, for browsers that opened the link. app: all of them.
 
-    link: opens the page in one browser; then there is a new one. working: held while dead letters are redriven or
-    deleted. said: how that goes, or went. ttl: of redriven requests.
+    link: opens the page in one browser, and is then replaced. working: held while dead letters are redriven or
+    deleted. said: the progress or result of that. ttl: of redriven requests.
     """
 
     def __init__(self, watch: Watch, origin: str, ttl: int | None) -> None:
         self._queues, self._watch, self._origin, self._ttl = watch.queues, watch, origin, ttl
         self._letters, self._requests = watch.names["dead-letter"], watch.names["request"]
-        self._cookie_name = f"queues-{origin.rpartition(':')[2]}"  # a host's cookies are for all of its ports
+        self._cookie_name = f"queues-{origin.rpartition(':')[2]}"  # browsers send a host's cookies to all of its ports
         self._token, self._cookie, self._form_token = (secrets.token_urlsafe() for _ in range(3))
         self.working, self.said = threading.Lock(), ""
         self.app = app = create_app(__package__, (), hint="open the link that the terminal shows")
@@ -101,12 +101,12 @@ class Web:
         return f"{self._origin}/?token={self._token}"
 
     def let_in(self) -> Any:
-        """Change the link's token for a cookie. Who has neither is refused, and so is what no form of ours sent."""
+        """Exchange the link's token for a cookie. Refuse requests with neither, and POSTs that no form of ours sent."""
         if request.endpoint == "static":
             return None
         if is_same(request.args.get("token"), self._token):
             self._token = secrets.token_urlsafe()
-            note(f"a browser came; for another one: {self.link}")
+            note(f"a browser has opened the link; for another browser: {self.link}")
             answer = redirect(url_for("page"), 303)
             answer.set_cookie(self._cookie_name, self._cookie, httponly=True, samesite="Strict")
             return answer
@@ -115,7 +115,7 @@ class Web:
         if request.method == "POST":
             is_ours = request.headers.get("Origin") in (None, request.host_url.rstrip("/"))
             if not is_ours or not is_same(request.form.get("form_token"), self._form_token):
-                raise Refused(403, "foreign_form", "no form of these pages sent that: go back to them, and try again")
+                raise Refused(403, "foreign_form", "not sent by a form of these pages: go back to them, and try again")
         return redirect(url_for("page"), 303) if "token" in request.args else None
 
     def page(self) -> str:
@@ -134,7 +134,7 @@ class Web:
         return render_template("confirm.html", action=action, letter=letter, most=most)
 
     def act(self, action: str) -> Any:
-        """Do it in a thread of its own: to bring many back takes longer than browsers wait."""
+        """Do it in a thread of its own: bringing many back takes longer than browsers wait."""
         self._wanted(action)
         id_, after, most = (request.form.get(name, "") for name in ("id", "after", "most"))
         work = partial(self._do, action, id_, after, int(most) if most.isdecimal() else 0)
@@ -160,7 +160,7 @@ class Web:
         if id_ and not letter:
             raise Refused(404, "not_found", "this dead letter is not there any more")
         if letter and action == "redrive" and not is_letter(letter.body):
-            raise Refused(409, "no_letter", "this is no dead letter, and holds no request: it can only be deleted")
+            raise Refused(409, "no_letter", "this is not a dead letter, and holds no request: it can only be deleted")
         return letter
 
     def _work(self, work: Callable[[], None]) -> None:
@@ -184,10 +184,10 @@ class Web:
         if not id_ and action == "redrive":
             self.said = "Redriven: 0."
             if left := bring_back(queues, *names, limit=most, ttl=self._ttl, tell=tell):
-                self.said += f" {left:,} messages stay: no dead letters, or taken by another meanwhile."
+                self.said += f" {left:,} messages stay: not dead letters, or taken by another meanwhile."
         elif not id_:
             delete_oldest(queues, self._letters, most)
-            self.said = f"Deleted: {most:,} at most. What a claim holds stays."
+            self.said = f"Deleted: up to {most:,}. Dead letters that a claim holds stay."
         elif not (letter := find(queues, self._letters, id_, after)):
             self.said = "The dead letter is not there any more."
         else:
@@ -201,7 +201,7 @@ class Web:
 
 
 def is_same(given: str | None, secret: str) -> bool:
-    """In constant time."""
+    """Compare in constant time."""
     return hmac.compare_digest((given or "").encode(errors="replace"), secret.encode())
 
 
@@ -212,12 +212,12 @@ def as_path(values: Sequence[tuple[float, float | None]]) -> str:
 
 
 def serve(queues: Queues, names: dict[str, str], host: str, port: int, *, ttl: int | None) -> None:
-    """Serve the page until SIGTERM or Ctrl-C; an action that is at work then has five seconds. Raises OSError."""
+    """Serve the page until SIGTERM or Ctrl-C; an action in progress then gets five seconds. Raises OSError."""
     stopped, watch = threading.Event(), Watch(queues, names)
     web = Web(watch, f"http://{f'[{host}]' if ':' in host else host}:{port}", ttl)
     watch.look()
     with serving(web.app, host, port):
         threading.Thread(target=watch.run, args=[stopped], daemon=True).start()
-        note(f"the queues are shown until Ctrl-C; open this once, in a browser of this machine: {web.link}")
+        note(f"serving until Ctrl-C; open this link once, in a browser on this machine: {web.link}")
         run_until_signal(stopped.wait, stopped.set)
         web.working.acquire(timeout=5)

@@ -1,7 +1,7 @@
 """OpenStack Zaqar, API v2.
 
-openstacksdk reads clouds.yaml and signs in. Its message resource is left alone: seen in 4.22, create_claim fails after
-it has claimed, and update_claim takes every refusal for success.
+openstacksdk reads clouds.yaml and signs in. Its message resource is not used: in 4.22, create_claim fails after it has
+claimed, and update_claim takes every refusal for success.
 """
 
 import json
@@ -26,7 +26,7 @@ BUSY = (exceptions.HttpServerError, exceptions.TooManyRequests, exceptions.Reque
 
 
 class ZaqarQueues(ZaqarApi):
-    """Queues of one project. session: of keystoneauth. root: gives the service's URL. project: without Keystone."""
+    """Queues of one project. session: keystoneauth's. root: returns the service's URL. project: if without Keystone."""
 
     limits = Limits(service="OpenStack Zaqar", claim_limit=20, post_limit=100, message_bytes=REQUEST_BYTES - 38)
     around = '{"messages":[', "]}"
@@ -59,7 +59,7 @@ class ZaqarQueues(ZaqarApi):
             config = OpenStackConfig()
             region = config.get_one(cloud=cloud, **cast(Any, options))
             session = region.get_session()
-        except Exception as error:  # what reads clouds.yaml lets through the errors of files and YAML too
+        except Exception as error:  # reading clouds.yaml raises errors of files and YAML too
             kind = errors.CredentialsError if isinstance(error, exceptions.AuthPluginException) else errors.ConfigError
             raise kind(f"{address}: {error}; see the cloud in clouds.yaml") from error
         session.session = http
@@ -67,13 +67,13 @@ class ZaqarQueues(ZaqarApi):
         return cls(session, root, http, address, f"those of {cloud} in {config.config_filename}")
 
     def exists(self, queue: str) -> bool:
-        """Whether it is in the list of queues: API v2 answers everything else as if it were there."""
+        """Whether it is in the list of queues: API v2 answers all other requests as if it existed."""
 
         def read(answer: Answer) -> list[str]:
             return [each["name"] for each in json.loads(answer.content)["queues"]]
 
         marker = f"{check_queue(queue)[:-1]}{chr(ord(queue[-1]) - 1)}~"  # no name lies between it and the queue's own
-        while True:  # the Redis driver begins with the first queue of all where it does not know the marker
+        while True:  # the Redis driver starts with the very first queue if it does not know the marker
             query = {"limit": PAGE, "marker": marker}
             names = self._ask("look for", queue, "GET /queues", read, params=query)
             if len(names) < PAGE or names[-1] >= queue:
@@ -90,9 +90,9 @@ class ZaqarQueues(ZaqarApi):
     def inspect(self, queue: str, *, is_posted_to: bool = False) -> list[str]:
         metadata = self._ask("read", queue, f"GET /queues/{queue}", lambda answer: dict(json.loads(answer.content)))
         most, letters = metadata.get("_max_claim_count"), metadata.get("_dead_letter_queue")
-        moves = f"queue {queue}: Zaqar moves messages to {letters} after {most} claims, in outages of the maker too"
+        moves = f"queue {queue}: Zaqar moves messages to {letters} after {most} claims, even while the maker is down"
         steals = "Zaqar's driver is not MongoDB's: the Redis driver hands out what others hold: use --claim-limit 1"
-        is_mongodb = not self._delete_one(queue, "0" * 24, "none")  # it alone looks at the claim first
+        is_mongodb = not self._delete_one(queue, "0" * 24, "none")  # no other driver checks the claim first
         return [moves] * bool(most and letters) + [steals] * (not is_mongodb)
 
     def _send(self, method: str, path: str, **options: Any) -> Answer:
@@ -104,6 +104,6 @@ class ZaqarQueues(ZaqarApi):
             raise
         except BUSY as error:
             raise errors.QueueUnavailable(f"{error}", retry_after=getattr(error, "retry_after", 0)) from error
-        except Exception as error:  # of the sign-in: without a password keystoneauth raises no error of its own
+        except Exception as error:  # from the sign-in: without a password keystoneauth raises no error of its own
             raise errors.CredentialsError(f"{error}; see the cloud's `auth` in clouds.yaml") from error
         raise errors.ConfigError("the cloud offers no `messaging` there: see its region_name and interface")

@@ -1,6 +1,6 @@
-"""What API v1 and v2 of OpenStack Zaqar share, Rackspace Cloud Queues being the former.
+"""What API v1 and v2 of OpenStack Zaqar share. Rackspace Cloud Queues speak v1.
 
-What looks odd here follows from what Zaqar 18.0.0 and 23.0.1 were seen to do.
+What looks odd here follows from the behaviour of Zaqar 18.0.0 and 23.0.1 in tests.
 """
 
 import json
@@ -26,11 +26,11 @@ from .remote import RemoteQueues, is_here
 REQUEST_BYTES = 262_144  # of a whole POST; one byte more is HTTP 400
 LONGEST_TTL_S = 1_209_600
 PAGE = 20  # most messages of a list, and most queues of one
-FIRST_RATE, LEAST_RATE = 10.0, 1e-6  # messages a second: what a first wait expects
-RECENT_S = 2.0  # so long, about, a message counts towards their rate
-LOOK_S = 0.5  # between looks of a wait, for one message a second
+FIRST_RATE, LEAST_RATE = 10.0, 1e-6  # messages a second: what the first wait expects, and the least
+RECENT_S = 2.0  # for about this long a message counts towards their rate
+LOOK_S = 0.5  # between two looks of a wait, at one message a second
 TIMEOUT_S = (5.0, 30.0)  # to connect, and between two bytes of an answer
-THREADS = 64  # so many may ask at once, each over a connection that is kept
+THREADS = 64  # this many may ask at once, each over a connection that is kept
 LONGEST_RETRY_AFTER_S = 3600.0
 
 Found = tuple[tuple[Message, ...], str]  # and the id of their claim, or the next marker
@@ -73,7 +73,7 @@ class HttpSession(requests.Session):
         try:
             return super().send(request, **options)
         except (requests.RequestException, HTTPError) as error:
-            # urllib3 wraps in MaxRetryError what fails before a request is sent: to find the host, to connect, TLS.
+            # urllib3 wraps failures before a request is sent (name lookup, connecting, TLS) in MaxRetryError.
             if error.args and isinstance(unsent := error.args[0], MaxRetryError):
                 raise QueueUnavailable(str(unsent.reason)) from error
             raise AnswerLost(str(error)) from error
@@ -84,7 +84,7 @@ class HttpSession(requests.Session):
 class ZaqarApi(RemoteQueues):
     """Queues of one service, by either API. around: what stands before and after the bodies of a post.
 
-    A claim on a missing queue, and a list of it, look empty to both APIs: exists() tells.
+    In both APIs a missing queue looks like an empty one when it is claimed from or listed. exists() tells them apart.
     """
 
     around: tuple[str, str]
@@ -96,11 +96,11 @@ class ZaqarApi(RemoteQueues):
         self._http = http
         self._looks: dict[
             str, tuple[float, float, float]
-        ] = {}  # by queue: when the next and the last, messages a second
+        ] = {}  # by queue: times of the next and the last look; messages a second
 
     @abstractmethod
     def _send(self, method: str, path: str, **options: Any) -> Answer:
-        """Send a request, with requests' `params` and `data`; gives refusals too, but for those of a sign-in."""
+        """Send a request, with requests' `params` and `data`; returns refusals too, except those of a sign-in."""
 
     def create(self, queue: str) -> None:
         self._ask("create", queue, f"PUT /queues/{queue}", bool)
@@ -113,7 +113,7 @@ class ZaqarApi(RemoteQueues):
 
     def renew(self, claim: Claim) -> None:
         asked_at = time.monotonic()
-        terms = json.dumps({"ttl": claim.ttl, "grace": claim.grace})  # one left out becomes the server's default
+        terms = json.dumps({"ttl": claim.ttl, "grace": claim.grace})  # a value left out becomes the server's default
         request = f"PATCH /queues/{claim.queue}/claims/{claim.id}"
         self._ask(f"renew claim {claim.id} on", claim.queue, request, bool, {404: errors.ClaimLost}, data=terms)
         claim.expires_at = expiry(asked_at, claim.ttl)
@@ -130,13 +130,13 @@ class ZaqarApi(RemoteQueues):
         return list(messages), marker or after
 
     def delete(self, queue: str, ids: Sequence[str]) -> None:
-        """In a request each: the bulk delete removes claimed messages too."""
+        """One request for each message: the bulk delete removes claimed messages too."""
         for id_ in ids:
             if re.fullmatch("[A-Za-z0-9_-]+", id_):  # ".." would name the queue
                 self._delete_one(queue, id_)
 
     def purge(self, queue: str) -> None:
-        """In pages. A queue that is deleted and created again would begin its markers again too."""
+        """Page by page. Deleting and creating the queue again would also begin its markers again."""
         self.stats(queue)  # a missing queue would look empty
         messages, marker = self.browse(queue)
         while messages:
@@ -151,10 +151,10 @@ class ZaqarApi(RemoteQueues):
         self._http.close()
 
     def _look(self, queue: str, limit: int, wait: float, ask: Callable[[], Found]) -> tuple[*Found, float]:
-        """What is found within the wait, and when that was asked for (monotonic): neither API has a long poll.
+        """What is found within the wait, and when that was asked for (monotonic). Neither API has a long poll.
 
-        For twice the messages a second it looks 1.4 times as often: so neither their delay nor the requests run away.
-        After as many messages as it asked for it looks at once.
+        At twice the messages a second it looks 1.4 times as often: this keeps both their delay and the requests low.
+        After a full answer, the next look follows at once.
         """
         asked_at, deadline = 0.0, time.monotonic() + wait
         while True:
@@ -175,7 +175,7 @@ class ZaqarApi(RemoteQueues):
     def _ask(
         self, doing: str, queue: str, request: str, read: Callable[[Answer], T], also: Refusals = REFUSALS, **query: Any
     ) -> T:
-        """Send a request that concerns a queue, its method and path; gives what `read` makes of the answer."""
+        """Send a request about a queue; returns what `read` makes of the answer. request: its method and path."""
         what = f"{doing} {check_queue(queue)} at {self.address}"
         try:
             answer = self._send(*request.split(" "), **query)
@@ -215,13 +215,13 @@ class ZaqarApi(RemoteQueues):
                 claim.deleted.add(each.message.id)
 
     def _delete_unfenced(self, queue: str, ids: Sequence[str], claim_id: str) -> None:
-        """In one request, also what others hold. Servers with `message_delete_with_claim_id` want a claim."""
+        """Delete in one request, even what others hold. Servers with `message_delete_with_claim_id` want a claim id."""
         if ids:  # an encoded comma would not separate them
             request = f"DELETE /queues/{queue}/messages?ids={','.join(ids)}&claim_ids={claim_id}"
             self._ask("delete from", queue, request, bool)
 
     def _delete_one(self, queue: str, id_: str, claim_id: str = "") -> bool:
-        """Whether it is gone."""
+        """Delete one message; returns whether it is gone."""
         request = f"DELETE /queues/{queue}/messages/{id_}?claim_id={claim_id}".removesuffix("?claim_id=")
         try:
             return self._ask("delete from", queue, request, bool, {400: errors.ClaimLost})
@@ -234,7 +234,7 @@ class ZaqarApi(RemoteQueues):
 
 
 def refusal(answer: Answer, instead: Refusals) -> errors.QueuesError:
-    """The error for an HTTP status from 300 on. instead: of what REFUSALS says."""
+    """The error for an HTTP status of 300 or more. instead: takes precedence over REFUSALS."""
     status, said = answer.status_code, said_by(answer)
     other = AnswerLost if status >= requests.codes.server_error else errors.QueueError
     kind = {**REFUSALS, **instead}.get(status, other)
@@ -254,9 +254,9 @@ def retry_after_s(answer: Answer) -> float:
 
 
 def _messages(answer: Answer) -> Found:
-    """Those of a claim, and its id; or those of a list, and the next marker. Both are empty where there is none.
+    """The messages of a claim, and its id; or those of a list, and the next marker. Both are empty without messages.
 
-    A body that holds NaN, which Zaqar stores, is given as text.
+    Zaqar stores bodies that hold NaN: they are returned as text.
     """
     found: Any = json.loads(answer.content) if answer.status_code != requests.codes.no_content else []
     entries = found if isinstance(found, list) else found["messages"]

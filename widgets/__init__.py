@@ -1,1 +1,1 @@
-"""What the scripts stand on: delivery to the widget maker, charges, the breaker, the maker's own widgets and pages."""
+"""The parts that the scripts use: delivery to the widget maker, charges, the breaker, the maker's widgets and pages."""

@@ -1,4 +1,4 @@
-"""Whether the maker takes anything at all.
+"""The breaker: whether the maker itself fails, rather than single messages.
 
 The *row* holds the different messages that failed since the last one that passed. When it reaches ten, the maker is at
 fault: the breaker opens, and what the row's members were charged is taken back.
@@ -23,7 +23,7 @@ class Breaker:
     """While it is open, one claim at a time is tried. It closes when a POST that began after it opened passes.
 
     failure, reason: why it is open. tries_at: when the next claim is tried (monotonic).
-    hopeless_since: since when it is open though the maker is well or another server answers (monotonic). Thread-safe.
+    hopeless_since: since when (monotonic) it is open although the maker is well or another server answers. Thread-safe.
     """
 
     def __init__(self) -> None:
@@ -31,10 +31,10 @@ class Breaker:
         self.failure: Failure | None = None
         self.tries_at = 0.0
         self.hopeless_since: float | None = None
-        self._tried: str | None = None  # a claim; "": it is not known yet
+        self._tried: str | None = None  # the claim that is tried; "": it is still asked for
         self._opened_at, self._passed_at = 0.0, 0.0
-        self._row: dict[str, int] = {}  # what each was charged since one passed
-        self._silent = set[str]()  # what got no answer in the lane since one passed
+        self._row: dict[str, int] = {}  # what each id was charged since the last pass
+        self._silent = set[str]()  # ids without an answer in the lane since the last pass
         self._pause, self._must_pause = Pause(), False
         self._lock = threading.Condition()
 
@@ -59,7 +59,7 @@ class Breaker:
                     self._lock.notify_all()
 
     def tries(self, claim: str) -> None:
-        """This is the claim that is tried."""
+        """Note which claim is tried."""
         self._tried = claim
 
     def lets(self, claim: str) -> bool:
@@ -93,15 +93,15 @@ class Breaker:
         return self._passed_at > posted_at
 
     def silent(self, id_: str) -> bool:
-        """A message that was POSTed alone got no answer: whether it may be to blame, or is the tenth in a row."""
+        """Note a message that was POSTed alone without an answer. False, for no charge, from the tenth in a row on."""
         with self._lock:
             self._silent.add(id_)
             return len(self._silent) < MOST_IN_A_ROW
 
     def failed(self, id_: str, answer: Answer, charge: int, *, is_well: bool) -> tuple[int, dict[str, int]]:
-        """A message failed that is to be charged so much, in fifths, unless the row is full.
+        """Note a failed message, to be charged `charge` fifths unless the row is full.
 
-        Returns what to charge it, and what to add for others by id: it takes from them.
+        Returns its charge, and by id what to add to the charges of others: negative, to take theirs back.
         """
         is_misconfigured = answer.failure is Failure.MISCONFIGURED
         with self._lock:

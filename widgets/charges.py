@@ -1,4 +1,4 @@
-"""What a failure is charged to its message, whether it leaves the message open, and how long the message stays away.
+"""What a message is charged for a failure, whether it is left open, and how long it stays away.
 
 | failure                                               | charged                                                   |
 | ----------------------------------------------------- | --------------------------------------------------------- |
@@ -10,8 +10,8 @@
 | cut off after it was sent                             | nothing                                                   |
 | no answer to a POST of the lane                       | one receive, but nothing from the tenth in a row on       |
 
-What was cut off, and what got no answer from a maker that is not well then, leaves the message *open*: it may be what
-kills the maker (see receive_counts.py). What is left open twice in a row goes through the lane.
+A POST that was cut off, or got no answer while the maker is not well, leaves its message *open*: this may be the one
+that kills the maker (see receive_counts.py). A message left open twice in a row goes through the lane.
 """
 
 import random
@@ -31,7 +31,7 @@ from .slots import Slots
 
 BACKOFF_S, LONGEST_BACKOFF_S, SHORT_BACKOFF_S = 0.5, 300.0, 10.0
 MANY = 10
-"""Where nothing is charged a message stays away for so many times what its POST took: the slow hold up no others."""
+"""An uncharged message stays away for up to this many times its POST's duration, so that slow ones delay no others."""
 FIFTHS: dict[Failure | None, int] = {
     Failure.FAILED: RECEIVE,
     Failure.UNAVAILABLE: 1,
@@ -39,7 +39,7 @@ FIFTHS: dict[Failure | None, int] = {
     Failure.CUT: 0,
 }
 FRESH_S = 1.0
-"""A health answer may be so much older than the failure that it judges."""
+"""A health answer may be this much older than the failure that it judges."""
 
 log = structlog.get_logger()
 
@@ -66,7 +66,7 @@ class Charges:
         return found
 
     def plan(self, deliveries: Sequence[Delivery], batch: int) -> tuple[list[list[Delivery]], list[Delivery]]:
-        """What is POSTed together, fresh messages in groups of up to `batch`, and what is POSTed alone in the lane."""
+        """The groups to POST, fresh messages in batches of up to `batch`; and the messages to POST in the lane."""
         lane = [delivery for delivery in deliveries if self._is_for_lane(delivery)]
         others = [delivery for delivery in deliveries if delivery not in lane]
         fresh = [each for each in others if batch > 1 and each.widget_id is not None and not each.before.receives]
@@ -83,9 +83,9 @@ class Charges:
         return delivery.answer.outcome is not None
 
     def begin(self, deliveries: Sequence[Delivery]) -> bool:
-        """Count, just before a POST, one more receive of each, charge it, and leave it open.
+        """Just before a POST, count one more receive of each message, charge it and mark it open.
 
-        False where that cannot be noted now: then there must be no POST.
+        False where that cannot be stored now: then there must be no POST.
         """
         try:
             begun = self._counts.begin([delivery.id for delivery in deliveries])
@@ -100,7 +100,7 @@ class Charges:
     def judge(self, deliveries: Sequence[Delivery], posted_at: float, *, is_alone: bool = False) -> None:
         """Tell the breaker of each answer; after a failure charge the message, and decide how long it stays away.
 
-        is_alone: nothing else is to blame where no answer came.
+        is_alone: it was the only POST in the lane, so that only its message can be blamed for a missing answer.
         """
         took = time.monotonic() - posted_at
         for delivery in deliveries:
@@ -121,7 +121,7 @@ class Charges:
     def take_back(self, claim: Claim, deliveries: Iterable[Delivery]) -> None:
         """Undo the charge of each POST whose outcome was not stored.
 
-        Not where its dead letter is stored already: another POST could only contradict that.
+        The charge stays where the dead letter is stored already: another POST could only contradict it.
         """
         for delivery in deliveries:
             if delivery.is_done or not delivery.charged or not delivery.answer.outcome:
@@ -132,7 +132,7 @@ class Charges:
                 self._charge(delivery, 0, None)
 
     def take_back_batch(self, deliveries: Sequence[Delivery], whole: Answer, posted_at: float) -> None:
-        """A batch failed as a whole, and its messages are POSTed one by one: the receive is charged to none."""
+        """After a batch failed as a whole: charge none of its messages, because they are now POSTed one by one."""
         log.warning("a batch failed: POSTing its messages one by one", reason=whole.reason)
         if whole.asks_for_patience:
             self._slots.busy(deliveries[0].id, whole, posted_at)
@@ -146,7 +146,7 @@ class Charges:
             answer, error = delivery.answer, settled.refused.get(delivery.id)
             if error:
                 delivery.backoff = LONGEST_BACKOFF_S
-                log.error("no queue accepts the outcome: it stays queued", **delivery.fields(), reason=str(error))
+                log.error("no queue accepts the outcome: message stays queued", **delivery.fields(), reason=str(error))
             elif delivery.id not in settled.deleted:
                 self.take_back(claim, [delivery])
                 delivery.is_done = True
@@ -159,7 +159,7 @@ class Charges:
                 say(event, **delivery.fields(), outcome=answer.outcome, reason=answer.reason or None)
 
     def _is_for_lane(self, delivery: Delivery) -> bool:
-        """Whether its POSTs are known to end with their consumer or with the maker's death."""
+        """Whether its last POSTs ended with the death of their consumer or of the maker."""
         is_killer = delivery.before.open >= self._most_open
         return is_killer and delivery.widget_id is not None and not self._is_spent(delivery)
 
@@ -170,11 +170,11 @@ class Charges:
         if delivery.answer.status:  # else the body could not be sent
             self._slots.passed()
             self._breaker.passed(posted_at)
-        if delivery.before.open:  # a consumer that dies before it is settled would charge it for nothing
+        if delivery.before.open:  # else it stays charged if its consumer dies before it is settled
             self._charge(delivery, 0, 0)
 
     def _fail(self, delivery: Delivery, posted_at: float, *, is_alone: bool) -> None:
-        """Charge a failure by the table above, and decide how long its message stays away, or that it is over."""
+        """Charge a failure by the table above; its message stays away for a time, or becomes a dead letter."""
         answer, is_stopping = delivery.answer, self._slots.is_stopping
         if answer.asks_for_patience:
             self._slots.busy(delivery.id, answer, posted_at)
@@ -192,25 +192,25 @@ class Charges:
             left_open = delivery.before.open + 1
         elif answer.status or (is_well and answer.failure is Failure.LATE):
             left_open = 0
-        else:  # nothing was sent, or nobody knows
+        else:  # nothing was sent, or that is unknown
             left_open = delivery.before.open
         charged = self._charge(delivery, charge, left_open)
         delivery.backoff = backoff(delivery, is_charged=charge > 0, is_well=is_well)
         if charged >= self._most:
             delivery.answer = replace(answer, outcome="failed")
         else:
-            say = log.warning if charge else log.debug  # an outage is not a line for each message
+            say = log.warning if charge else log.debug  # in an outage, not a line for each message
             say("failed, comes back", **delivery.fields(), reason=answer.reason, charged=charge / RECEIVE)
 
     def _charge(self, delivery: Delivery, fifths: int, left_open: int | None) -> int:
-        """Let this be what its last receive is charged; returns what it is charged in all, 0 where that is unknown."""
+        """Set the charge of its last receive; returns all that the message is charged, 0 where that is unknown."""
         charged = self._counts.charge({delivery.id: fifths - delivery.charged}, left_open)
         delivery.charged = fifths
         return charged.get(delivery.id, 0)
 
 
 def backoff(delivery: Delivery, *, is_charged: bool, is_well: bool) -> float:
-    """The most seconds until a message that failed may come back: doubled at each receive."""
+    """The longest that a failed message may stay away, in seconds: doubled at each receive."""
     longest = LONGEST_BACKOFF_S if is_charged else max(SHORT_BACKOFF_S, MANY * delivery.took)
     if not is_well:
         longest = SHORT_BACKOFF_S
@@ -219,8 +219,8 @@ def backoff(delivery: Delivery, *, is_charged: bool, is_well: bool) -> float:
 
 
 def release_delay(deliveries: Sequence[Delivery]) -> float:
-    """Seconds until those that are not done come back together: the longest backoff, at most ten where another one is
-    shorter than that, with full jitter, and not before the maker's Retry-After."""
+    """Seconds until the unfinished ones come back together, with full jitter: up to their longest backoff, but no more
+    than their shortest one or 10 s, whichever is longer; and not before a Retry-After within that."""
     left = [delivery for delivery in deliveries if not delivery.is_done]
     waits = [max(delivery.backoff, delivery.answer.retry_after) for delivery in left] or [0]
     longest = min(max(waits), max(SHORT_BACKOFF_S, min(waits)))

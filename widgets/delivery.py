@@ -10,8 +10,8 @@
 | a connection that broke after the request was sent                      |          | CUT           |
 | anything else: a redirect, a login, another server                      |          | MISCONFIGURED |
 
-A rejection deletes a request: by what neither says that it is a maker (a header) nor has created a widget, it is
-MISCONFIGURED.
+A rejection deletes a request, so it is believed only from a server that says in a header that it is a maker, or that
+has created a widget. From any other it is MISCONFIGURED.
 """
 
 import errno
@@ -42,13 +42,13 @@ from .signing import Signer
 
 CONNECT_TIMEOUT_S = HEALTH_TIMEOUT_S = 5
 HEALTH_EVERY_S = 1.0
-LONGEST_REST_S, LONGEST_LIFE_S = 1, 60  # of a connection: a firewall forgets, and a name moves
+LONGEST_REST_S, LONGEST_LIFE_S = 1, 60  # of a connection: firewalls forget idle ones, names move
 LONGEST_RETRY_AFTER_S = 300
 MOST_ANSWER_BYTES = 1_048_576
 MOST_REASON = 1_000  # characters: a reason goes into responses and dead letters, which queues limit in size
 REJECTING = frozenset({400, 413, 415, 422})
 UNAVAILABLE = frozenset({408, 425, 429, 502, 503, 504})
-NOT_TAKEN = frozenset({404, 405, 501})  # by a server that has no such page, or takes no POST there
+NOT_TAKEN = frozenset({404, 405, 501})  # from a server that has no such page, or takes no POST there
 OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM})
 RESPONSE_IDS = uuid.UUID("8f3f2a0c-5d0f-5a52-9c0b-6f1f5f1d2c11")
 HEADERS = ["Content-Type: application/json", "Accept: application/json", "User-Agent: itchy-octo-chainsaw", "Expect:"]
@@ -79,7 +79,7 @@ class Answer:
 
     @property
     def is_silent(self) -> bool:
-        """Whether what was sent got no answer of the maker's own: a gateway's 502 or 504 is none."""
+        """Whether a request was sent but the maker itself did not answer: a gateway's 502 or 504 is not its answer."""
         return self.failure in (Failure.CUT, Failure.LATE) or self.status in (502, 504)
 
     @property
@@ -88,9 +88,9 @@ class Answer:
 
 
 class Reply(NamedTuple):
-    """What came over the wire. status: 0 for nothing. body: the JSON object, empty where it is something else.
+    """What came over the wire. status: 0 if nothing came. body: the JSON object; empty if it is anything else.
 
-    is_maker: it says so in a header. failure: why nothing came.
+    is_maker: a header says so. failure: why nothing came.
     """
 
     status: int
@@ -103,7 +103,7 @@ class Reply(NamedTuple):
 
 @dataclass(slots=True)
 class Delivery:
-    """One claimed message on its way. before: its receives so far. receives: with this one, once it was POSTed.
+    """One claimed message on its way. before: its counts so far. receives: the same with this receive, once counted.
 
     charged: for this receive, in fifths. backoff: the most seconds until it may come back. took: seconds of its POST.
     is_done: its outcome is stored and the message deleted, or another consumer has it.
@@ -131,11 +131,11 @@ class Delivery:
 
     @property
     def receive_count(self) -> int:
-        """As it is shown: of all POSTs, or the service's own count where that is higher."""
+        """The count to show: of this machine's POSTs, or the service's own count where that is higher."""
         return max(self.receives.receives, self.before.receives, self.message.receive_count or 1)
 
     def headers(self, queue: str) -> dict[str, str]:
-        """What a POST tells of the message, apart from the request."""
+        """What a POST says about the message, apart from the request."""
         id_ = quote(self.id, safe="!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~", errors="surrogatepass")
         return {
             "Idempotency-Key": id_,
@@ -161,7 +161,7 @@ class Delivery:
         }
 
     def settlement(self, queues: Sequence[str], ttl: int | None) -> Settlement:
-        """The response, which lives for `ttl` seconds, and for a failed message its dead letter first.
+        """What to post: the response, which lives for `ttl` seconds; before it a dead letter, if the message failed.
 
         queues: names of the request, response and dead-letter queue.
         """
@@ -191,8 +191,8 @@ class Delivery:
 class Maker:
     """The widget maker at one URL. deadline: wall-clock seconds for a POST, from looking up its name to its last byte.
 
-    signer: signs each POST. takes_batches: until it has said otherwise. health: why its health page is not well.
-    Raises ConfigError for a URL that cannot be POSTed to, or is plain HTTP to another machine without being allowed.
+    signer: signs each POST. takes_batches: until it refuses one. health: why its health page is not well, or empty.
+    Raises ConfigError for a URL that cannot be POSTed to, or that is plain HTTP to another machine and not allowed.
     """
 
     def __init__(
@@ -221,8 +221,8 @@ class Maker:
     def post(self, delivery: Delivery, queue: str) -> Answer:
         """POST one request, never following a redirect.
 
-        libcurl POSTs again by itself where a used connection was closed without an answer. So what was received before
-        goes on a new one: one receive is one POST.
+        libcurl repeats a POST by itself if a reused connection was closed without an answer. So a message that was
+        received before goes on a new connection: one receive is one POST.
         """
         try:
             text = json.dumps(delivery.message.body, allow_nan=False)
@@ -232,7 +232,7 @@ class Maker:
         return self._believe(judge(reply, str(delivery.widget_id)), reply)
 
     def post_batch(self, deliveries: Sequence[Delivery]) -> Answer | None:
-        """POST them together and give each its own answer; returns the answer to the whole where it failed as one."""
+        """POST the messages together and set the answer of each; returns one only if the batch failed as a whole."""
         try:
             text = json.dumps([delivery.item() for delivery in deliveries], allow_nan=False)
         except (ValueError, RecursionError) as error:
@@ -256,9 +256,9 @@ class Maker:
     def is_well(self, since: float) -> bool:
         """Whether its health page answers with anything but 429 and 5xx, asked at that monotonic time or later.
 
-        Threads share an answer; at most one is asked for in a second. A page that is not well though the first widget
-        was just created says nothing about the maker until it is well; but where the maker's own port gives no answer,
-        the maker is gone.
+        Threads share an answer; at most one is asked for per second. A page that is not well although the first widget
+        was just created is the wrong page: it is ignored until it is well. But if the maker's own port does not answer
+        at all, the maker is gone.
         """
         with self._lock:
             if self._asked_at < since:
@@ -274,7 +274,7 @@ class Maker:
             return not self.health or (self._is_mute and self._is_there)
 
     def check(self, report: Report) -> None:
-        """Say whether requests would be made there, asked with a request for no widget."""
+        """Report whether the maker answers as one: POST a request that names no widget, and ask the health page."""
         reply = self._send(self._url, '{"widget_id": ""}', {"Idempotency-Key": "check"})
         answer = judge(reply, "")
         if answer.outcome is None:
@@ -289,7 +289,7 @@ class Maker:
             report.failure(f"maker: its health page is not well ({self.health}): see --health-url")
 
     def _believe(self, answer: Answer, reply: Reply) -> Answer:
-        """The answer, unless it is a rejection by what may be no maker."""
+        """The answer, unless it is a rejection from a server that may not be a maker."""
         if answer.outcome == "created" and not self._has_created:
             self._has_created = True
             if not self.is_well(time.monotonic()) and self._is_there:
@@ -336,7 +336,7 @@ def judge(reply: Reply, widget_id: str) -> Answer:
 
 
 def check_url(url: str, *, allow_plain_http: bool) -> Any:
-    """The parts of a URL that can be asked; raises ConfigError, which never shows credentials, for any other."""
+    """The parts of a usable URL. Raises ConfigError for any other; its text never shows credentials."""
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isascii()

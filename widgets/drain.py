@@ -1,4 +1,4 @@
-"""When a consumer that is to end with the last message may end."""
+"""When a consumer that drains the queue may end."""
 
 import time
 
@@ -24,7 +24,7 @@ class DrainTimedOut(QueuesError):
 
 
 class Drain:
-    """Of the request queue. timeout: seconds until it gives up, None for never."""
+    """A drain of the request queue. timeout: seconds until it gives up, None for never."""
 
     def __init__(self, queues: Queues, request_queue: str, timeout: float | None) -> None:
         self._queues = queues
@@ -43,7 +43,7 @@ class Drain:
             raise DrainTimedOut(f"not drained within {self._timeout:g} s: the queue keeps what is left")
 
     def is_over(self, *, found: bool) -> bool:
-        """Asked after each claim: whether there is no message at all, for as long as the service takes to tell."""
+        """Called after each claim: whether the queue has been empty long enough to believe the service's counts."""
         if found:
             self._empty_since = None
             return False

@@ -1,4 +1,4 @@
-"""What a running consumer tells of itself: metrics for Prometheus, its health, a page, and a line on a terminal."""
+"""What a running consumer shows of itself: metrics for Prometheus, its health, a page, and a line on a terminal."""
 
 import sys
 import threading
@@ -28,8 +28,8 @@ RECENT_POSTS, RECENT_FAILURES = 500, 10
 class Metrics:
     """Counts what a consumer does. Thread-safe.
 
-    took: seconds of the last POSTs. failures: the last POSTs without a widget, the newest first: when (UTC), and of
-    which delivery.
+    took: seconds of the last POSTs. failures: the last POSTs that made no widget, newest first, each with its time
+    (UTC seconds).
     """
 
     def __init__(self) -> None:
@@ -42,12 +42,12 @@ class Metrics:
         self.returns = counter("returns", "POSTs without an outcome; `excused`: uncharged.", ["why"], **self.named)
         self.lost = counter("claims_lost", "Messages whose claim ended before they were settled.", **self.named)
         self.posts = prometheus.Histogram("post_duration_seconds", "Time of a POST.", **self.named)
-        held = prometheus.Gauge("messages", "Messages of the claims in work.", ["state"], **self.named)
+        held = prometheus.Gauge("messages", "Messages in the claims being worked on.", ["state"], **self.named)
         self.held = held.labels("held")
         self.took = deque[float](maxlen=RECENT_POSTS)
         self.failures = deque[tuple[float, Delivery]](maxlen=RECENT_FAILURES)
         for outcome in ("created", "rejected", "failed"):
-            self.outcomes.labels(outcome)  # so that each is there before it happens
+            self.outcomes.labels(outcome)  # so that each is exported before it first happens
         for why in ("failed", "excused"):
             self.returns.labels(why)
 
@@ -80,8 +80,8 @@ class Metrics:
 class Watch:
     """Looks at a consumer's queues in a thread of its own, so that nobody waits for them, until `ended` is set.
 
-    looks: the last ones: when it was (monotonic), the outcomes so far, and the queues by kind, none while there is a
-    `trouble` with them.
+    looks: the last ones, each with its time (monotonic), the outcomes so far, and the numbers of each queue, which are
+    missing while `trouble` says why.
     """
 
     def __init__(self, consumer: "Consumer", maker: Maker, given: dict[str, Any]) -> None:
@@ -96,7 +96,7 @@ class Watch:
         for state in (None, *Failure):
             is_so = partial(lambda state: consumer.breaker.failure is state, state)
             states.labels(state.value if state else "closed").set_function(is_so)
-        failing = gauge("service_failing", "1 for what the queue service fails at.", ["operation"])
+        failing = gauge("service_failing", "1 for each operation that fails at the queue service.", ["operation"])
         for operation in ("claim", "renew", "settle", "release"):
             failing.labels(operation).set_function(partial(consumer.trouble.reasons.__contains__, operation))
         self._depth = gauge("queue_messages", "Messages in a queue.", ["queue", "state"])
@@ -147,7 +147,7 @@ class Watch:
         return done / (at - began_at) if done else 0.0
 
     def line(self) -> str:
-        """An open breaker, the rate, POSTs in flight, and the queue and the outcomes of one moment."""
+        """The line on a terminal: an open breaker, rate, POSTs in flight, and queue and outcomes at one moment."""
         rate, (_, totals, stats) = self.rate(), self.looks[-1]
         depth = stats["request"].total if stats else None
         left = f" {timedelta(seconds=round(depth / rate))} left" if depth and rate >= 1 else ""
@@ -159,7 +159,7 @@ class Watch:
 
 
 def serving(watch: Watch, host: str, port: int) -> AbstractContextManager[None]:
-    """Serve what goes on until the block ends; on loopback only to this machine. Raises OSError."""
+    """Serve the page, metrics and health until the block ends; on loopback not under foreign names. Raises OSError."""
     from flask import render_template
 
     from claim_queues import pages
@@ -180,14 +180,14 @@ def serving(watch: Watch, host: str, port: int) -> AbstractContextManager[None]:
 
 @contextmanager
 def watched(consumer: "Consumer", maker: Maker, given: dict[str, Any]) -> Iterator[None]:
-    """Show what goes on until the block ends: where --metrics-port asks for it, and on a terminal under the log."""
+    """Show the consumer's state until the block ends: at --metrics-port, if given, and on a terminal under the log."""
     port, is_shown = given["metrics_port"], is_terminal(sys.stderr) and given["log_format"] == "text"
     with ExitStack() as closing:
         if port or is_shown:
             watch = Watch(consumer, maker, given)
             thread = threading.Thread(target=watch.run, name="looks", daemon=True)
             thread.start()
-            closing.callback(thread.join, 0.5)  # a service that does not answer holds up nothing
+            closing.callback(thread.join, 0.5)  # a service that does not answer must not delay the end
             closing.callback(watch.ended.set)
         if port:
             closing.enter_context(serving(watch, given["metrics_host"], port))

@@ -16,7 +16,7 @@ WELL_FORMED = "whsec_([A-Za-z0-9+/]{4}){8,}([A-Za-z0-9+/]{2,3}={0,2})?"
 
 
 class Signer:
-    """Signs with each secret of a text, accepts what any has signed. Raises CredentialsError where one is weak."""
+    """Signs with each secret in the text; accepts what any of them signed. Raises CredentialsError for a weak one."""
 
     def __init__(self, text: str, where: str) -> None:
         if not re.fullmatch(rf"\s*{WELL_FORMED}(\s+{WELL_FORMED})?\s*", text):
@@ -24,7 +24,7 @@ class Signer:
         self._keys = [Webhook(secret) for secret in text.split()]
 
     def headers(self, message_id: str, body: bytes) -> dict[str, str]:
-        """What signs a POST of that body now. message_id: printable ASCII."""
+        """The headers that sign a POST of this body, sent now. message_id: printable ASCII."""
         now = datetime.now(UTC)
         signed = " ".join(key.sign(message_id, now, body.decode()) for key in self._keys)
         return {"webhook-id": message_id, "webhook-timestamp": str(int(now.timestamp())), "webhook-signature": signed}
@@ -41,15 +41,15 @@ class Signer:
 
 def signing_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--signing-secret-file and --signing-secret-keyring, for `load_signer`."""
-    text = f"The same from keyring, where `keyring set {SERVICE} NAME` puts it."
+    text = f"Keyring entry with the same, stored by `keyring set {SERVICE} NAME`."
     function = click.option("--signing-secret-keyring", metavar="NAME", help=text)(function)
     return click.option("--signing-secret-file", metavar="FILE", help="File with one secret, or new and old.")(function)
 
 
 def load_signer(file: str | None, keyring_name: str | None) -> Signer | None:
-    """None where neither is named. Raises ConfigError where both are, CredentialsError where no secret can be had."""
+    """None where neither is named. Raises ConfigError where both are, CredentialsError where no secret is found."""
     if file is not None and (keyring_name is not None or file.startswith("whsec_")):
-        raise ConfigError("the signing secret: name a file or a keyring entry, one of the two, not the secret itself")
+        raise ConfigError("the signing secret: name a file or a keyring entry, not both, and never the secret itself")
     if keyring_name is not None:
         from claim_queues.keyrings import secret
 

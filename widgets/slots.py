@@ -13,7 +13,7 @@ from .delivery import Answer
 from .trouble import Pause
 
 AHEAD_S = 1.0
-"""A message is claimed when a slot will be free for it in about so long."""
+"""A message is claimed when a slot will be free for it within about this time."""
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -31,23 +31,23 @@ class Slots:
         self._capacity = count * batch
         self._pool = ThreadPoolExecutor(count, "post")
         self._lock = threading.Lock()
-        self._wanted = threading.Condition(self._lock)  # messages
-        self._free = threading.Condition(self._lock)  # a turn
+        self._wanted = threading.Condition(self._lock)  # notified when messages are wanted
+        self._free = threading.Condition(self._lock)  # notified when a turn is free
         self.is_stopping = False
         self._mean_s: float | None = None  # of a POST
         self.running = self.messages = 0
         self._most = float(count)
         self._asking, self._askers = 0, 1
         self._pause, self._paused_at, self._pause_ends = Pause(), 0.0, 0.0
-        self._impatient: str | None = None  # the last message answered so, where none has passed since
+        self._impatient: str | None = None  # the last message answered so; None after a pass
 
     @property
     def is_pausing(self) -> bool:
-        """Whether the maker has asked for patience, and that is not over."""
+        """Whether a pause that the maker has asked for is not over yet."""
         return self._pause_ends > time.monotonic()
 
     def reserve(self, most: int) -> int:
-        """Wait until messages are wanted and it is this thread's turn to claim them; how many, or 0 after a stop.
+        """Wait until messages are wanted and it is this thread's turn to claim; returns how many, 0 after a stop.
 
         One thread asks at a time, so that an idle consumer polls once; one more for each claim that comes back full.
         """
@@ -65,7 +65,7 @@ class Slots:
             return 0
 
     def claimed(self, asked: int, messages: int) -> None:
-        """So many of those that were asked for were claimed; a `submit` or `ended` follows for each of them."""
+        """Of the `asked` messages this many were claimed; a `submit` or `ended` must follow for each of them."""
         with self._lock:
             self._asking -= 1
             self._askers = min(self.count, self._askers + 1) if messages == asked else 1
@@ -73,13 +73,13 @@ class Slots:
             self._ask_another()
 
     def submit(self, work: Callable[..., T], messages: int, *args: Any) -> Future[T]:
-        """Do the work for so many messages in a thread."""
+        """Do the work in a thread; it takes this many of the claimed messages."""
         future = self._pool.submit(work, *args)
         future.add_done_callback(lambda _: self.ended(messages))
         return future
 
     def ended(self, messages: int) -> None:
-        """So many of those that were claimed wait no more."""
+        """This many of the claimed messages are no longer held."""
         with self._lock:
             self.messages -= messages
             self._ask_another()
@@ -107,7 +107,7 @@ class Slots:
             self._mean_s = seconds if self._mean_s is None else 0.9 * self._mean_s + 0.1 * seconds
 
     def passed(self) -> None:
-        """One more at once for each round that passes."""
+        """A message passed. Where N may be POSTed at once, every N passes allow one more."""
         with self._lock:
             self._impatient = None
             self._pause.reset()
@@ -116,8 +116,8 @@ class Slots:
                 self._free.notify()
 
     def busy(self, id_: str, answer: Answer, posted_at: float) -> None:
-        """The maker asks for patience. At two different messages in a row: pause, and half as many at once, once for
-        all POSTs that were under way."""
+        """The maker asks for patience. After two different messages in a row: pause, and halve the number of POSTs at
+        once. The POSTs that were under way then do not halve it again."""
         with self._lock:
             first, self._impatient = self._impatient, id_
             now = time.monotonic()
@@ -141,7 +141,7 @@ class Slots:
         self._pool.shutdown()
 
     def _ask_another(self) -> None:
-        """Wake one that waits to ask, unless it would find nothing to ask for: each wake-up costs more than a POST."""
+        """Wake a thread that waits to claim, unless nothing more is wanted: each wake-up costs more than a POST."""
         if self._asking < self._askers and self.messages < 2 * self._capacity:
             self._wanted.notify()
 

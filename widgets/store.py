@@ -29,9 +29,9 @@ Widget = dict[str, Any]
 
 
 class Origin(NamedTuple):
-    """What the POST that created a widget told of its message; None for what it did not tell.
+    """What the POST that created a widget said about its message; None for what it did not say.
 
-    seconds: that the message had waited.
+    seconds: how long the message had waited.
     """
 
     message: str | None = None
@@ -43,7 +43,7 @@ class Widgets:
     """The widgets of that file, numbered from 1 without gaps, for all threads of a process.
 
     Every method raises StoreError where the file cannot be used, or was removed or replaced since it was opened;
-    QueueUnavailable where it is locked. check: does nothing else.
+    QueueUnavailable where it is locked. `check` only looks for such a problem.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,7 +51,7 @@ class Widgets:
         with self._store.writing() as file:
             file.execute(ORIGIN)  # which files of version 0.1 lack
         self.check, self.close = self._store.check, self._store.close
-        self._created = Counter[int]()  # how many widgets in which BAR_S
+        self._created = Counter[int]()  # widgets created, by the number of their BAR_S
 
     def create(self, requests: Sequence[tuple[str, Origin]]) -> list[tuple[Widget, bool]]:
         """For each id its widget, safe on disk, and whether it is new."""
@@ -87,12 +87,12 @@ class Widgets:
         return self._read(SELECT_FOUND, max(prefix, after and f"{after}g"), f"{prefix}g", limit)
 
     def count(self) -> int:
-        """The last number: to count would read all rows."""
+        """How many there are: the last number, because counting would read all rows."""
         with self._store.reading() as file:
             return int(file.execute(SELECT_COUNT).get)
 
     def rates(self) -> list[float]:
-        """Widgets per second that were created here in each BAR_S of the last BARS, the oldest first; the last runs."""
+        """Widgets per second made by this process, for the last BARS intervals, oldest first; the newest still runs."""
         now = int(time.monotonic() / BAR_S)
         return [self._created[now - ago] / BAR_S for ago in range(BARS - 1, -1, -1)]
 

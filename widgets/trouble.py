@@ -1,4 +1,4 @@
-"""What fails for a time: how long to pause before the next try, and one line when it begins and when it ends."""
+"""Failures that pass: how long to pause before the next try, and a log line when they begin and when they end."""
 
 import random
 import threading
@@ -27,7 +27,7 @@ class Pause:
 
 
 class Trouble:
-    """What a queue service does not do now. reasons: by what fails, such as claim, settle or renew. Thread-safe."""
+    """The operations that fail at the queue service now. reasons: by operation, such as claim. Thread-safe."""
 
     def __init__(self) -> None:
         self.reasons: dict[str, str] = {}
@@ -35,7 +35,7 @@ class Trouble:
         self._lock = threading.Lock()
 
     def begins(self, what: str, error: QueuesError) -> float:
-        """Returns the seconds to wait before the next try."""
+        """Note that it fails; returns the seconds to wait before the next try."""
         with self._lock:
             if what not in self.reasons:
                 log.warning("the queue service fails: trying again", what=what, reason=str(error))

@@ -37,7 +37,7 @@ def test_the_page_tells_what_it_does_why_it_waits_and_what_failed(
             watched = open_page(page_url, color_scheme=scheme, viewport={"width": width, "height": 900})
             page = watched.page
             expect(page.locator("h1")).to_have_text("Working")
-            expect(page.locator("#failures")).to_contain_text("None since its start.")
+            expect(page.locator("#failures")).to_contain_text("None since the start.")
             shoot("empty")
             submit("--count", 60)
             submit("--widget-id", "<b>no id</b>")

@@ -94,7 +94,7 @@ def test_a_maker_that_has_made_nothing_says_what_to_type_and_one_in_an_outage_sa
     options = {"color_scheme": scheme, "viewport": {"width": width, "height": 900}}
     for name, words, shown in (
         ("empty", [], "python widget_producer.py --wait"),
-        ("outage", ["--outage", "2:1000"], "An outage is played"),
+        ("outage", ["--outage", "2:1000"], "Outage on purpose"),
     ):
         with widget_maker(tmp_path, *words) as (url, _):
             watched = open_page(f"{url}/", **options)

@@ -104,7 +104,7 @@ def test_every_page_is_flawless_at_each_width_and_colour_scheme(
         page.goto(f"{page.url.rpartition('/')[0]}/?search=nothing")
         shoot("nothing-found")
         Path(queues.address.removeprefix("sqlite:///")).rename(tmp_path / "elsewhere")
-        expect(page.locator("#said")).to_contain_text("cannot be looked at now", timeout=LIVE_WITHIN_MS)
+        expect(page.locator("#said")).to_contain_text("cannot be read now", timeout=LIVE_WITHIN_MS)
         shoot("outage")
 
 

@@ -290,7 +290,7 @@ def test_a_dead_letter_that_no_queue_would_take_leaves_its_message_queued(rig: R
     rig.post_bodies("x" * 262_100)
     with rig.consumer() as consumer:
         rig.wait(lambda: rig.queues.stats(REQUESTS).delayed == 1, hurry=False)
-        [event] = consumer.events("no queue accepts the outcome: it stays queued")
+        [event] = consumer.events("no queue accepts the outcome: message stays queued")
     assert (event["level"], rig.left(), rig.letters(), rig.responses()) == ("error", 1, [], [])
 
 

@@ -123,3 +123,19 @@ def test_a_dumb_terminal_and_a_log_in_json_get_plain_lines(rig: Rig, term: str, 
     assert running.shown.count("created") >= 2
     assert "\x1b" not in running.shown
     assert "in flight" not in running.shown
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_messages_are_a_table_with_a_head_that_fits_the_terminal(rig: Rig, columns: int) -> None:
+    rig.post("w" * 300, "[bold]x[/bold]")
+    side, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    command = [sys.executable, "-m", "claim_queues", "peek", "--queue-url", f"sqlite:///{rig.file}"]
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "xterm"}
+    subprocess.run(command, cwd=HERE, env=env, stdin=subprocess.DEVNULL, stdout=other, check=True)
+    shown = re.sub(r"\x1b\[[\d;]*m", "", os.read(side, 65_536).decode())
+    head, first, second = (line.rstrip() for line in shown.splitlines())
+    assert head.split() == ["id", "age", "receives", "body"]
+    assert first.endswith("…")
+    assert len(first) == columns
+    assert columns == 40 or "[bold]x[/bold]" in second

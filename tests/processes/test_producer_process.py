@@ -21,7 +21,7 @@ from claim_queues.sqlite import SqliteQueues
 
 REQUESTS, RESPONSES, LETTERS = (f"itchy-octo-chainsaw-{kind}" for kind in ("request", "response", "dead-letter"))
 PRODUCER, TOOL = "widget_producer.py", "-m claim_queues"
-STOPPED = "stopped after what stands above"
+STOPPED = "stopped after the lines above"
 
 
 @pytest.fixture

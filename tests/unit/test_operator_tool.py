@@ -160,7 +160,7 @@ def test_dead_letters_shows_request_widget_receives_and_reason(queues: Queues) -
     assert tool("dead-letters").lines == [
         "old-1 w1 5 HTTP 500",
         "old-2 - 5 two\\nlines",
-        '- - - no dead letter: {"odd": 1}',
+        '- - - not a dead letter: {"odd": 1}',
     ]
 
 
@@ -227,7 +227,7 @@ def test_what_is_no_dead_letter_stays_and_is_free_again_afterwards(queues: Queue
     ended = tool("redrive", "--limit", 2)
     assert [line.split()[0] for line in ended.lines] == ["old-1", "old-2"]
     assert ended.code == 1
-    assert ended.err == "error: 5 messages stay: no dead letters, or taken by another meanwhile\n"
+    assert ended.err == "error: 5 messages stay: not dead letters, or taken by another meanwhile\n"
     assert bodies(queues, LETTERS) == [*strange, "more"]
     assert queues.stats(LETTERS).free == 5
 
@@ -296,7 +296,7 @@ def test_a_letter_that_another_took_meanwhile_is_told(queues: Queues, use: Use) 
     use(Late)
     ended = tool("redrive")
     assert ended.code == 1
-    assert ended.err == "error: 1 messages stay: no dead letters, or taken by another meanwhile\n"
+    assert ended.err == "error: 1 messages stay: not dead letters, or taken by another meanwhile\n"
     assert bodies(queues, LETTERS) == [letter(1)]
 
 

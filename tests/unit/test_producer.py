@@ -154,7 +154,7 @@ def test_ids_come_line_by_line_from_stdin_or_a_file(queues: SqliteQueues, tmp_pa
 @pytest.mark.parametrize("stdin", [b"fine\n\xff\xfe\n", b"\x00\x80", b"fine\nfine\ncaf\xe9\n"])
 def test_what_is_no_text_is_refused_with_its_line_and_nothing_is_posted(queues: SqliteQueues, stdin: bytes) -> None:
     number = stdin.count(b"fine") + 1
-    expected = f"error: --ids-file, line {number}: is no UTF-8 text\n"
+    expected = f"error: --ids-file, line {number}: is not UTF-8 text\n"
     assert produce("--ids-file", "-", stdin=stdin) == Ended(2, "", expected)
     assert posted(queues) == []
 
@@ -243,7 +243,7 @@ def test_unreadable_ids_after_the_first_batch_leave_a_partly_posted_input(queues
     ended = produce("--ids-file", "-", stdin=b"a\nb\nc\n\xff\n")
     assert [line.split()[1] for line in ended.lines] == ["a", "b"]
     assert ended.code == 6
-    assert ended.err == "error: stored the first 2 requests and no more: --ids-file, line 4: is no UTF-8 text\n"
+    assert ended.err == "error: stored the first 2 requests and no more: --ids-file, line 4: is not UTF-8 text\n"
     assert len(posted(queues)) == 2
 
 

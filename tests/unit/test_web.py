@@ -271,7 +271,7 @@ def test_it_shows_dead_letters_with_reason_receives_and_times(bench: Bench) -> N
     for words in ("HTTP 501", '"widget_id": "w1"', "Request old-1, received 5 times", "first 2026-01-02 03:04:05"):
         assert words in dead
     assert "last 2026-01-02 03:14:15, a dead letter for 0:00:0" in dead
-    assert odd.startswith('no dead letter: it holds no request {"odd": 1}')
+    assert odd.startswith('not a dead letter: it holds no request {"odd": 1}')
     assert bench.ways().keys() >= {"Redrive all", "Delete all", "Redrive old-1", "Delete old-1"}
     assert len([name for name in bench.ways() if name.startswith("Redrive")]) == 2
 
@@ -344,13 +344,13 @@ def test_an_outage_is_a_sentence_on_the_page_and_a_gap_in_the_plots(bench: Bench
     bench.queues.fails["stats"] = bench.queues.fails["browse"] = lambda: DOWN
     bench.look()
     page = bench.page()
-    assert "The queues cannot be looked at now: the service does not answer" in page
+    assert "The queues cannot be read now: the service does not answer" in page
     assert "Not known now." in page
     assert set(texts(page, '<dd class="number">(.*?)</dd>')) == {"\N{EN DASH}"}
     bench.queues.fails.clear()
     bench.look()
     page = bench.page()
-    assert "cannot be looked at" not in page
+    assert "cannot be read" not in page
     assert len(letters_of(page)) == 1
 
 
@@ -363,7 +363,7 @@ def test_whatever_fails_while_it_looks_is_told(bench: Bench, error: Exception) -
 
 def test_what_fails_between_two_looks_is_told_too(bench: Bench) -> None:
     bench.queues.fails["browse"] = lambda: DOWN
-    assert "The queues cannot be looked at now: the service does not answer" in bench.page()
+    assert "The queues cannot be read now: the service does not answer" in bench.page()
     bench.queues.fails["stats"] = lambda: DOWN
     answer = bench.client.get("/redrive")
     assert answer.status_code == 503
@@ -530,7 +530,7 @@ def test_where_the_service_cannot_browse_there_are_numbers_and_redrive_all(blind
     assert "Blind does not show messages without claiming them" in page
     assert texts(page, '<dd class="number">(.*?)</dd>')[8] == "2"
     assert blind.ways() == {"Redrive all": "/redrive"}
-    for words in ('id="search"', "Newest", "cannot be looked at"):
+    for words in ('id="search"', "Newest", "cannot be read"):
         assert words not in page
     blind.act("/redrive")
     assert blind.bodies("request") == [letter(1)["body"], letter(2)["body"]]
