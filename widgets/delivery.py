@@ -4,8 +4,8 @@
 | ----------------------------------------------------------------------- | -------- | ------------- |
 | 200 or 201, JSON that names the widget id                               | created  |               |
 | 400, 413, 415, 422 with the maker's own JSON error                      | rejected |               |
-| 500; any other 5xx but 501, 505 with the maker's own JSON error         |          | FAILED        |
-| refused, 408, 425, 429, 502, 503, 504, any other 5xx but 501, 505       |          | UNAVAILABLE   |
+| 500; 506 to 599 with the maker's own JSON error                         |          | FAILED        |
+| refused, 408, 425, 429, 502 to 504; 506 to 599 without that JSON        |          | UNAVAILABLE   |
 | none by the deadline                                                    |          | LATE          |
 | a connection that broke after the request was sent                      |          | CUT           |
 | anything else: a redirect, a login, another server                      |          | MISCONFIGURED |
