@@ -68,6 +68,7 @@ class ReceiveCounts:
     def __init__(self, path: Path, source: str) -> None:
         self._source = source
         self._store = Store(path, APPLICATION_ID, SCHEMA)
+        self.close = self._store.close
         self._write("DELETE FROM receives WHERE last_at < ?", [(time.time() - KEEP_S,)])
 
     def of(self, ids: Iterable[str]) -> dict[str, Receives]:
@@ -94,9 +95,6 @@ class ReceiveCounts:
     def forget(self, ids: Iterable[str]) -> None:
         """Drop messages that are settled."""
         self._write("DELETE FROM receives WHERE source = ? AND id = ?", [(self._source, id_) for id_ in ids])
-
-    def close(self) -> None:
-        self._store.close()
 
     def _write(self, statement: str, rows: list[tuple[Any, ...]]) -> list[Any]:
         try:

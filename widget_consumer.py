@@ -163,7 +163,9 @@ class Consumer:
             lost = [delivery.id for delivery in deliveries if not delivery.is_done]
             log.warning("claim lost: other consumers get its messages", reason=str(error), messages=lost)
             self.metrics.lost.inc(len(lost))
-        self.trouble.ends("renew", "release")
+            self.trouble.ends("count", "renew", "settle", "release", is_back=False)
+        else:
+            self.trouble.ends("renew", "release")
 
     def _deliver_all(self, claim: Claim, deliveries: list[Delivery]) -> None:
         """Look up what is known of each message, POST the messages, and every second settle those that are ready."""
@@ -285,13 +287,7 @@ class Consumer:
             time.sleep(min(pause, SETTLE_EVERY_S))
 
 
-@click.command(
-    cls=Command,
-    examples=[
-        "python widget_consumer.py --slots 32 --metrics-port 9100",
-        "python widget_consumer.py --queue-url zaqar://mycloud --create --drain",
-    ],
-)
+@click.command(cls=Command, examples=["--slots 32 --metrics-port 9100", "--queue-url zaqar://mycloud --create --drain"])
 @queue_options("request", "response", "dead-letter")
 @click.option("--maker-url", default="http://127.0.0.1:5000/widgets", metavar="URL", help="Where requests are POSTed.")
 @click.option("--health-url", metavar="URL", help="Health page of the maker.  [default: /healthz of its origin]")

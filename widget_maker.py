@@ -237,13 +237,7 @@ def parse_outage(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     return time.monotonic() + convert(start, param, ctx), convert(seconds, param, ctx)
 
 
-@click.command(
-    cls=Command,
-    examples=[
-        "python widget_maker.py --port 8080",
-        "python widget_maker.py --fail-rate 0.2 --outage 10:30",
-    ],
-)
+@click.command(cls=Command, examples=["--port 8080", "--fail-rate 0.2 --outage 10:30"])
 @click.option("--host", default="127.0.0.1", help="Address to listen at.")
 @click.option("--port", type=click.IntRange(1, 65_535), default=5000, help="Port to listen at.")
 @click.option("--database", metavar="FILE", type=Path, help="SQLite file of the widgets.  [default: one of this user]")

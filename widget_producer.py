@@ -101,7 +101,7 @@ def await_responses(
     hint_at: float | None = deadline - timeout + HINT_AFTER_S
     while pending and (left := deadline - time.monotonic()) > 0:
         if hint_at and time.monotonic() > hint_at and len(pending) == len(ours):
-            note(f"waiting for {len(pending):,} responses in {queue}, up to {left:.0f} s more: is a consumer running?")
+            note(f"no response yet in {queue}: is a consumer running? Waiting up to {left:.0f} s more")
             hint_at = None
         try:
             page, marker = queues.browse(queue, after=marker, limit=PAGE, wait=min(left, LOOK_S))
@@ -118,13 +118,7 @@ def await_responses(
             time.sleep(min(left, max(LOOK_AGAIN_S, error.retry_after)))
 
 
-@click.command(
-    cls=Command,
-    examples=[
-        "python widget_producer.py --widget-id not-a-uuid --wait",
-        "python widget_producer.py --count 1000 --json > submitted.jsonl",
-    ],
-)
+@click.command(cls=Command, examples=["--widget-id not-a-uuid --wait", "--count 1000 --json > submitted.jsonl"])
 @queue_options("request", "response")
 @click.option("--widget-id", metavar="ID", multiple=True, help="Id of the widget; may be repeated.  [default: random]")
 @click.option("--count", type=click.IntRange(1, 100_000_000), help="Submit this many requests with random v1 UUIDs.")

@@ -33,9 +33,7 @@ def cli() -> None:
     """
 
 
-@cli.command(
-    examples=["python -m claim_queues stats", "python -m claim_queues stats --queue-url sqs://eu-west-1 --json"]
-)
+@cli.command(examples=["", "--queue-url sqs://eu-west-1 --json"])
 @queue_options(*KINDS)
 @json_option
 def stats(*, as_json: bool, **given: Any) -> None:
@@ -52,9 +50,7 @@ def stats(*, as_json: bool, **given: Any) -> None:
             print_lines([json.dumps(fields) if as_json else row(name, *found[:3], found.total, age)])
 
 
-@cli.command(
-    examples=["python -m claim_queues peek response", "python -m claim_queues peek request --limit 100 --json"]
-)
+@cli.command(examples=["response", "request --limit 100 --json"])
 @click.argument("kind", type=click.Choice(KINDS), default="request")
 @queue_options(*KINDS)
 @click.option("--limit", type=NUMBERS, default=10, help="At most this many messages.")
@@ -72,13 +68,7 @@ def peek(kind: str, limit: int, *, as_json: bool, **given: Any) -> None:
             print_table(["id", "age", "receives", "body"], rows)
 
 
-@cli.command(
-    "dead-letters",
-    examples=[
-        "python -m claim_queues dead-letters",
-        "python -m claim_queues dead-letters --json | jq -r .reason | sort | uniq -c",
-    ],
-)
+@cli.command("dead-letters", examples=["", "--json | jq -r .reason | sort | uniq -c"])
 @queue_options("dead-letter")
 @limit_option
 @json_option
@@ -94,7 +84,7 @@ def dead_letters(dead_letter_queue: str, limit: int, *, as_json: bool, **given: 
             print_table(["request", "widget", "receives", "reason"], (summary(letter) for _, letter in letters))
 
 
-@cli.command(examples=["python -m claim_queues redrive --dry-run", "python -m claim_queues redrive --limit 10"])
+@cli.command(examples=["--dry-run", "--limit 10"])
 @queue_options("request", "dead-letter")
 @limit_option
 @click.option("--dry-run", is_flag=True, help="Only say what would be brought back.")
@@ -118,7 +108,7 @@ def redrive(limit: int, *, dry_run: bool, **given: Any) -> None:
             raise click.ClickException(f"{left:,} messages stay: not dead letters, or taken by another meanwhile")
 
 
-@cli.command(examples=["python -m claim_queues purge response", "python -m claim_queues purge dead-letter --yes"])
+@cli.command(examples=["response", "dead-letter --yes"])
 @click.argument("kind", type=click.Choice(KINDS))
 @queue_options(*KINDS)
 @click.option("--yes", is_flag=True, allow_from_autoenv=False, help="Do not ask. This option has no variable.")
@@ -134,9 +124,7 @@ def purge(kind: str, *, yes: bool, **given: Any) -> None:
         print_lines([f"{name}: {found:,} messages removed"])
 
 
-@cli.command(
-    examples=["python -m claim_queues check", "python -m claim_queues check --queue-url rackspace://USER@DFW --create"]
-)
+@cli.command(examples=["", "--queue-url rackspace://USER@DFW --create"])
 @queue_options(*KINDS)
 def check(**given: Any) -> int:
     """Check a set-up before it goes live: each line is ok, warning or failure, with what to do.
@@ -149,9 +137,7 @@ def check(**given: Any) -> int:
     return report.exit_code
 
 
-@cli.command(
-    examples=["python -m claim_queues web", "python -m claim_queues web --port 8081 --queue-url zaqar://mycloud"]
-)
+@cli.command(examples=["", "--port 8081 --queue-url zaqar://mycloud"])
 @queue_options(*KINDS)
 @click.option("--host", default="127.0.0.1", envvar="WIDGET_WEB_HOST", help="Loopback address to listen at.", **OWN)
 @click.option("--port", type=PORTS, default=5001, envvar="WIDGET_WEB_PORT", help="Port to listen at.", **OWN)

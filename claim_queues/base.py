@@ -7,6 +7,7 @@ released expires, and its messages are free again: delivery is at least once.
 
 import ipaddress
 import json
+import math
 import re
 import time
 from collections.abc import Collection, Sequence
@@ -220,7 +221,13 @@ def expiry(asked_at: float, ttl: int) -> float:
     return asked_at + ttl - CLAIM_MARGIN_S
 
 
-_DECODER = json.JSONDecoder(parse_constant=int)  # int() refuses these constants: NaN, Infinity, -Infinity
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):  # no service takes it back as JSON
+        raise ValueError(text)
+    return number
+
+
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=int)  # int() refuses NaN, Infinity, -Infinity
 
 
 def decode(text: str) -> JSON:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, TextIO
@@ -19,7 +20,7 @@ import platformdirs
 import structlog
 from click.core import ParameterSource
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from structlog.typing import EventDict
 
@@ -51,23 +52,25 @@ SECTIONS = {
     "limit": "Messages",
     "as_json": "Output",
     "log_format": "Other",
+    "version": "Other",
 }
 """The sections of the help: the option that begins each one, and its title."""
+TABLE_ROWS = 20  # printed together
 SAME_SIGNAL_S = 0.5  # GNU timeout and others signal the process and then its group: it gets the signal twice
 
 
 class Command(click.Command):
     """Each option is also a variable (--claim-ttl: WIDGET_CLAIM_TTL); an error is one line and an exit code.
 
-    A number that the command returns is its exit code. examples: command lines for its help.
+    A number that the command returns is its exit code. examples: options and arguments for its help.
     """
 
     def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "WIDGET", "show_default": True}
         self.context_settings = {**self.context_settings, **settings, "max_content_width": 100}
-        variables = "Each option is also an environment variable: --queue-url is WIDGET_QUEUE_URL."
-        self.epilog = "\n  ".join(["\b\nExamples:", *examples]) + f"\n\n{variables}" if examples else variables
+        self.epilog = "Each option is also an environment variable: --queue-url is WIDGET_QUEUE_URL."
+        self.examples = examples
         click.version_option(__version__, allow_from_autoenv=False)(self)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -80,6 +83,13 @@ class Command(click.Command):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.examples:
+            program = f"python {ctx.command_path}" if ctx.command_path.endswith(".py") else ctx.command_path
+            with formatter.section("Examples"):
+                formatter.write("".join(f"  {program} {words}".rstrip() + "\n" for words in self.examples))
+        super().format_epilog(ctx, formatter)
 
     def invoke(self, ctx: click.Context) -> Any:
         if any(isinstance(value, float) and math.isnan(value) for value in ctx.params.values()):
@@ -204,11 +214,14 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         for row in rows:
             print_lines([as_line(*row)])
         return
-    table = Table(*head, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*(Text(as_line(word), overflow="ellipsis", no_wrap=True) for word in row))
-    if table.rows:
+    rows, is_first = iter(rows), True
+    while page := list(islice(rows, TABLE_ROWS)):
+        columns = [Column(title, no_wrap=True) for title in head]
+        table = Table(*columns, box=None, pad_edge=False, show_header=is_first)
+        for row in page:
+            table.add_row(*(Text(as_line(word), overflow="ellipsis") for word in row))
         Console().print(table)
+        is_first = False
 
 
 def note(text: str) -> None:

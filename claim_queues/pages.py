@@ -51,11 +51,7 @@ class App(Flask):
 
 
 def create_app(
-    package: str,
-    names: Collection[str] | None,
-    headers: Mapping[str, str] = {},
-    *,
-    hint: str = "see --allowed-host",
+    package: str, names: Collection[str] | None, headers: Mapping[str, str] = {}, *, hint: str = "see --allowed-host"
 ) -> Flask:
     """An application of that package that answers to IP addresses and these names, in lower case (None: to all).
 
@@ -94,11 +90,12 @@ def serve_metrics(app: Flask, registry: CollectorRegistry) -> None:
 def serving(app: Flask, host: str, port: int, threads: int = 8) -> Iterator[None]:
     """Serve until the block ends; requests in progress then get one second. Raises OSError where it cannot listen."""
     try:
-        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise OSError(
-            f"cannot listen at {host} port {port}: {os.strerror(error.errno or 0)}: give another --port"
-        ) from error
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(address[:2], family=family)
+    except (OSError, UnicodeError) as error:
+        number = getattr(error, "errno", None) or 0
+        reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
+        raise OSError(f"cannot listen at {host} port {port}: {reason}: give another address or port") from error
     logging.getLogger("waitress").setLevel(logging.CRITICAL)  # it reports each client that goes away
     limits = {"threads": threads, "connection_limit": 500, "max_request_body_size": MOST_BODY_BYTES}
     server = waitress.create_server(app, sockets=[listener], asyncore_use_poll=True, ident=None, **limits)

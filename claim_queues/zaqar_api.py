@@ -94,9 +94,7 @@ class ZaqarApi(RemoteQueues):
         self.address, self.credentials = address, credentials
         self.request_room = REQUEST_BYTES - len("".join(self.around)) + 1  # the last takes no comma
         self._http = http
-        self._looks: dict[
-            str, tuple[float, float, float]
-        ] = {}  # by queue: times of the next and the last look; messages a second
+        self._looks = dict[str, tuple[float, float, float]]()  # times of the next and last look; messages a second
 
     @abstractmethod
     def _send(self, method: str, path: str, **options: Any) -> Answer:
@@ -121,6 +119,7 @@ class ZaqarApi(RemoteQueues):
     def release(self, claim: Claim, *, delay: float = 0) -> None:
         request = f"DELETE /queues/{claim.queue}/claims/{claim.id}"
         self._ask(f"release claim {claim.id} on", claim.queue, request, bool)
+        self._looks.pop(claim.queue, None)  # there is something to find
 
     def browse(self, queue: str, *, after: str = "", limit: int = 20, wait: float = 0) -> tuple[list[Message], str]:
         shown = {"echo": "true", "include_claimed": "true", "include_delayed": "true"}
@@ -156,14 +155,14 @@ class ZaqarApi(RemoteQueues):
         At twice the messages a second it looks 1.4 times as often: this keeps both their delay and the requests low.
         After a full answer, the next look follows at once.
         """
-        asked_at, deadline = 0.0, time.monotonic() + wait
+        asked_at, deadline, was_stopped = 0.0, time.monotonic() + wait, self._stopped.is_set()
         while True:
             now = time.monotonic()
             next_at, looked_at, rate = self._looks.get(queue, (now, now, FIRST_RATE))
             pause = min(next_at, looked_at + wait) - now
             is_over = self._stopped.wait(max(0, min(pause, deadline - now))) or now + pause > deadline
-            if is_over and asked_at:
-                return (), "", asked_at
+            if is_over and (asked_at or (self._stopped.is_set() and not was_stopped)):
+                return (), "", now
             asked_at = time.monotonic()
             found = ask()
             rate = max(LEAST_RATE, rate * math.exp((looked_at - asked_at) / RECENT_S) + len(found[0]) / RECENT_S)

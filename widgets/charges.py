@@ -32,12 +32,7 @@ from .slots import Slots
 BACKOFF_S, LONGEST_BACKOFF_S, SHORT_BACKOFF_S = 0.5, 300.0, 10.0
 MANY = 10
 """An uncharged message stays away for up to this many times its POST's duration, so that slow ones delay no others."""
-FIFTHS: dict[Failure | None, int] = {
-    Failure.FAILED: RECEIVE,
-    Failure.UNAVAILABLE: 1,
-    Failure.LATE: 1,
-    Failure.CUT: 0,
-}
+FIFTHS: dict[Failure | None, int] = {Failure.FAILED: RECEIVE, Failure.UNAVAILABLE: 1, Failure.LATE: 1, Failure.CUT: 0}
 FRESH_S = 1.0
 """A health answer may be this much older than the failure that it judges."""
 
@@ -78,8 +73,7 @@ class Charges:
         if delivery.widget_id is None:
             delivery.answer = Answer("failed", reason="the body is not a request")
         elif self._is_spent(delivery):
-            reason = f"received {delivery.receive_count} times without an outcome"
-            delivery.answer = Answer("failed", reason=reason)
+            delivery.answer = Answer("failed", reason=f"received {delivery.receive_count} times without an outcome")
         return delivery.answer.outcome is not None
 
     def begin(self, deliveries: Sequence[Delivery]) -> bool:
@@ -154,7 +148,7 @@ class Charges:
                 log.warning("claim lost: another consumer gets the message", **delivery.fields())
             else:
                 delivery.is_done = True
-                self._metrics.settled(delivery)
+                self._metrics.outcomes.labels(answer.outcome).inc()
                 event, say = ("dead letter", log.error) if answer.outcome == "failed" else (answer.outcome, log.info)
                 say(event, **delivery.fields(), outcome=answer.outcome, reason=answer.reason or None)
 

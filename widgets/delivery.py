@@ -167,18 +167,10 @@ class Delivery:
         """
         request_queue, response_queue, dead_letter_queue = queues
         answer = self.answer
-        about = {
-            "version": 1,
-            "request_id": self.id,
-            "reason": answer.reason,
-            "status": answer.status,
-            "receive_count": self.receive_count,
-        }
-        response = {
-            "response_id": str(uuid.uuid5(RESPONSE_IDS, f"{self.id} {answer.outcome}")),
-            "widget_id": self.widget_id,
-            "outcome": answer.outcome,
-        }
+        about = {"version": 1, "request_id": self.id, "reason": answer.reason, "status": answer.status}
+        about["receive_count"] = self.receive_count
+        response_id = str(uuid.uuid5(RESPONSE_IDS, f"{self.id} {answer.outcome}"))
+        response = {"response_id": response_id, "widget_id": self.widget_id, "outcome": answer.outcome}
         posts = [Post(response_queue, about | response, ttl)]
         if answer.outcome == "failed":
             seen = self.receives if self.receives.receives else self.before
@@ -375,11 +367,9 @@ def _reply(curl: pycurl.Curl) -> Reply:
         return _no_reply(curl, *error.args)
     status, location = curl.getinfo(pycurl.RESPONSE_CODE), curl.getinfo_raw(pycurl.REDIRECT_URL)
     body = decode(data.getvalue().decode(errors="replace"))
-    reason = (
-        f"HTTP {status}; redirects to {location.decode(errors='replace')}, which is not followed"
-        if location
-        else f"HTTP {status}"
-    )
+    reason = f"HTTP {status}"
+    if location:
+        reason += f"; redirects to {location.decode(errors='replace')}, which is not followed"
     retry_after = max(0, min(LONGEST_RETRY_AFTER_S, curl.getinfo(pycurl.RETRY_AFTER)))
     is_maker = b"\nwidget-maker:" in head.getvalue().lower()
     return Reply(status, body if isinstance(body, dict) else {}, reason, retry_after, is_maker)

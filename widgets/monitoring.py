@@ -64,9 +64,6 @@ class Metrics:
         if not delivery.answer.outcome:
             self.returns.labels("failed" if delivery.charged else "excused").inc()
 
-    def settled(self, delivery: Delivery) -> None:
-        self.outcomes.labels(delivery.answer.outcome).inc()
-
     def post_ms(self, share: float) -> float:
         """Milliseconds within which that share of the last POSTs ended; 0 before the first."""
         took = sorted(self.took.copy())
@@ -131,14 +128,14 @@ class Watch:
         found |= {"breaker": self.consumer.breaker.reason, **self.consumer.trouble.reasons}
         return {what: why for what, why in found.items() if why}
 
-    def state(self) -> str:
+    def state(self, troubles: Collection[str]) -> str:
         """What it does now, in a few words."""
         failing = self.consumer.trouble.reasons
         if self.consumer.slots.is_stopping:
             return "stopping"
         if failing:
             return "settling fails" if "settle" in failing else "waiting for the queue service"
-        return "waiting for the maker" if self.consumer.breaker.is_open or self.maker.health else "working"
+        return "waiting for the maker" if "breaker" in troubles or "maker" in troubles else "working"
 
     def rate(self) -> float:
         """Outcomes a second, lately."""
@@ -165,7 +162,9 @@ def serving(watch: Watch, host: str, port: int) -> AbstractContextManager[None]:
     from claim_queues import pages
 
     registry = watch.consumer.metrics.registry
-    app = pages.create_app("widgets", () if is_loopback(host) else None)
+    app = pages.create_app(
+        "widgets", () if is_loopback(host) else None, hint="open it by its address, or see --metrics-host"
+    )
     pages.serve_metrics(app, registry)
     prometheus.ProcessCollector(registry=registry)
     views: dict[str, Any] = {

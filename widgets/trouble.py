@@ -43,9 +43,10 @@ class Trouble:
             pause = self._pauses.setdefault(what, Pause()).next()
         return max(pause, getattr(error, "retry_after", 0))
 
-    def ends(self, *operations: str) -> None:
+    def ends(self, *operations: str, is_back: bool = True) -> None:
+        """Note that they work again; is_back: False where they are only not tried any more."""
         for what in self.reasons.keys() & operations:
             with self._lock:
                 self._pauses.pop(what, None)
-                if self.reasons.pop(what, None):
+                if self.reasons.pop(what, None) and is_back:
                     log.info("the queue service is back", what=what)

@@ -2,7 +2,7 @@
 // Keeps a page up to date: asks for it again every second and takes over what has changed.
 
 const PERIOD_MS = 1000;
-const PATIENCE_MS = 5000;
+const PATIENCE_MS = 15000; // a consumer may ask its maker first
 const NEWS_MS = 15000; // a screen reader is told no more often
 const MOST_ARRIVALS = 5; // more at once are not animated
 

@@ -109,7 +109,20 @@ def test_a_deeply_nested_body_is_accepted():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "plain text", "{", "[1,]", "NaN", '{"a": [Infinity]}', "-Infinity", "\ufeff1", "1 2", "[" * 100_000, "\udcff"],
+    [
+        "",
+        "plain text",
+        "{",
+        "[1,]",
+        "NaN",
+        '{"a": [Infinity]}',
+        "-Infinity",
+        "[1e999]",
+        "\ufeff1",
+        "1 2",
+        "[" * 100_000,
+        "\udcff",
+    ],
     ids=lambda text: ascii(text[:20]),
 )
 def test_a_body_that_is_not_json_is_its_own_text(text):

@@ -271,6 +271,21 @@ def test_a_claim_whose_renewal_is_refused_is_lost_and_takes_its_charges_back(mak
     assert rig.received(id_).charged == 0
 
 
+def test_what_failed_for_a_claim_that_is_lost_is_no_trouble_any_more_and_is_not_said_to_be_back(make_rig):
+    rig = make_rig(claim_ttl=15)  # less than twice the deadline and its margin: renewed at every look
+    is_lost = threading.Event()
+    for operation in ("settle", "renew"):
+        rig.queues.fails[operation] = lambda: ClaimLost("expired") if is_lost.is_set() else QueueUnavailable("down")
+    rig.post("a")
+    with capture_logs() as logs, rig.running():
+        wait_until(lambda: rig.consumer.trouble.reasons.keys() == {"settle", "renew"})
+        rig.queues.fails["claim"] = lambda: QueueUnavailable("down")
+        is_lost.set()
+        wait_until(lambda: rig.consumer.trouble.reasons.keys() <= {"claim"})
+
+    assert [entry for entry in logs if "is back" in entry["event"]] == []
+
+
 def test_a_slow_message_holds_up_no_other_outcome_of_its_claim(make_rig):
     rig = make_rig()
     hanging = rig.maker.answers["slow"] = threading.Event()

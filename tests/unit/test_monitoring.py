@@ -237,6 +237,28 @@ def test_the_page_shows_what_goes_on_without_files_from_outside(bench: Bench) ->
     assert (found.headers["Cache-Control"], found.headers["X-Content-Type-Options"]) == ("no-store", "nosniff")
 
 
+def test_a_maker_whose_health_page_is_wrong_is_working(bench: Bench) -> None:
+    bench.maker.health = Reply(503)
+    bench.post("w")
+    with bench.watched(), bench.working():
+        wait_until(lambda: ">1</dd>" in bench.get("/").text)
+        assert ">Working<" in bench.get("/").text
+
+
+def test_a_reason_that_is_no_text_is_shown(bench: Bench) -> None:
+    bench.maker.answer = lambda post: Reply(422, {"error": {"code": "bad", "message": "no \ud83d such"}})
+    bench.post("w")
+    with bench.watched(), bench.working():
+        wait_until(lambda: "no \\ud83d such" in bench.get("/").text)
+
+
+@pytest.mark.parametrize("host", ["no.such.invalid", "ä" * 70])
+def test_a_host_that_cannot_be_listened_at_is_an_error_that_names_it(bench: Bench, host: str) -> None:
+    with pytest.raises(OSError, match="cannot listen at") as raised, bench.watched(host=host, port=1234):
+        pass
+    assert "Unknown error" not in str(raised.value)
+
+
 def test_the_page_shows_trouble_as_text(bench: Bench) -> None:
     bench.consumer.trouble.begins("claim", QueueForbidden("<script>alert(1)</script>"))
     with bench.watched():

@@ -326,8 +326,8 @@ def test_a_timeout_is_exit_3_and_names_what_has_no_response(queues: SqliteQueues
 def test_a_wait_of_three_seconds_in_vain_says_once_what_it_waits_for(queues: SqliteQueues) -> None:
     ended = produce("--wait", "--timeout", 6, "--widget-id", "a", "--widget-id", "b")
     first, *rest = ended.err.splitlines()
-    assert re.fullmatch(f"waiting for 2 responses in {RESPONSES}, up to [1-3] s more: is a consumer running\\?", first)
-    assert [line for line in rest if "waiting" in line] == []
+    assert re.fullmatch(f"no response yet in {RESPONSES}: is a consumer running\\? Waiting up to [1-3] s more", first)
+    assert [line for line in rest if "Waiting" in line] == []
 
 
 def test_the_wait_outlives_a_queue_service_that_is_away_for_a_moment(queues: SqliteQueues, use: Use) -> None:
