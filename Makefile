@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check --no-deps
-TESTS := $(BIN)/python -m pytest -m '' -n 2
+TESTS := $(BIN)/python -m pytest -m ''
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --upgrade
 SERVERS := zaqar18 zaqar23 sqs fuzz
 

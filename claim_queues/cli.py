@@ -216,10 +216,10 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         return
     rows, is_first = iter(rows), True
     while page := list(islice(rows, TABLE_ROWS)):
-        columns = [Column(title, no_wrap=True) for title in head]
+        columns = [Column(title, no_wrap=title != head[-1]) for title in head]  # the last gives way
         table = Table(*columns, box=None, pad_edge=False, show_header=is_first)
         for row in page:
-            table.add_row(*(Text(as_line(word), overflow="ellipsis") for word in row))
+            table.add_row(*(Text(as_line(word), overflow="ellipsis", no_wrap=True) for word in row))
         Console().print(table)
         is_first = False
 

@@ -33,6 +33,11 @@ def logging_as_it_was() -> Iterator[None]:
     structlog.reset_defaults()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that need a timeout of their own first, so that no process ends long after the others."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """A line for each reason to skip, with how many tests have it; pytest has one for each place."""
     reasons = Counter(report.longrepr[2] for report in terminalreporter.getreports("skipped"))

@@ -228,6 +228,6 @@ def test_the_page_says_that_the_maker_is_gone_and_goes_on_when_it_is_back(
     with widget_maker(tmp_path, port=int(url.rpartition(":")[2])) as (_, maker):
         expect(page.locator("#state")).to_have_text("Live")
         os.killpg(maker.process.pid, signal.SIGSTOP)
-        expect(page.locator("#state")).to_have_text("The maker does not answer: trying again", timeout=10_000)
+        expect(page.locator("#state")).to_have_text("The maker does not answer: trying again", timeout=25_000)
         os.killpg(maker.process.pid, signal.SIGCONT)
         expect(page.locator("#state")).to_have_text("Live")
