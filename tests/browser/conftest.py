@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 CHROMIUM_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 """root's Chromium starts only without a sandbox."""
 AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
+SCREENSHOTS = Path(__file__).parent / "screenshots"
 LISTEN = """
 addEventListener("securitypolicyviolation", (event) => console.error("CSP:", event.violatedDirective));
 """
@@ -33,6 +35,24 @@ class Watched:
         self.page.evaluate(AXE)
         found = self.page.evaluate("axe.run()")
         return [(one["id"], [node["target"] for node in one["nodes"]]) for one in found["violations"]]
+
+    def assert_flawless(self) -> None:
+        """No error, nothing asked for elsewhere, nothing wider than the window, nothing inaccessible."""
+        origin = "/".join(self.page.url.split("/")[:3])
+        assert self.problems == []
+        assert self.inaccessible() == []
+        assert [asked for asked in self.requests if not asked.startswith(f"{origin}/")] == []
+        assert self.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert "token" not in self.page.url
+
+    def shoot(self, name: str) -> None:
+        """See that the page is flawless in all its forms, with a screenshot of each."""
+        SCREENSHOTS.mkdir(exist_ok=True)
+        for width, scheme in product((375, 1280), ("light", "dark")):
+            self.page.set_viewport_size({"width": width, "height": 900})
+            self.page.emulate_media(color_scheme=scheme)
+            self.page.screenshot(path=SCREENSHOTS / f"{name}-{width}-{scheme}.png", full_page=True)
+            self.assert_flawless()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from browser.conftest import Watched
-from browser.test_page import SCREENSHOTS, assert_flawless
 from playwright.sync_api import expect
 from support import free_port, run_script, script, wait_until, widget_maker
 
@@ -13,19 +12,11 @@ pytestmark = pytest.mark.xdist_group("browser")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [375, 1280])
 def test_the_page_tells_what_it_does_why_it_waits_and_what_failed(
-    tmp_path: Path, open_page: Callable[..., Watched], scheme: str, width: int
+    tmp_path: Path, open_page: Callable[..., Watched]
 ) -> None:
-    SCREENSHOTS.mkdir(exist_ok=True)
     env = {"WIDGET_QUEUE_URL": f"sqlite:///{tmp_path / 'queues'}", "WIDGET_RECEIVE_COUNTS": str(tmp_path / "counts")}
     port = free_port()
-    page_url = f"http://127.0.0.1:{port}"
-
-    def shoot(name: str) -> None:
-        watched.page.screenshot(path=SCREENSHOTS / f"consumer-{name}-{width}-{scheme}.png", full_page=True)
-        assert_flawless(watched, page_url)
 
     def submit(*words: object) -> None:
         assert run_script("widget_producer.py", *words, cwd=tmp_path, env=env).returncode == 0
@@ -34,21 +25,21 @@ def test_the_page_tells_what_it_does_why_it_waits_and_what_failed(
         env["WIDGET_MAKER_URL"] = f"{url}/widgets"
         with script("widget_consumer.py", "--metrics-port", port, cwd=tmp_path, env=env) as consumer:
             wait_until(lambda: "consuming" in consumer.err)
-            watched = open_page(page_url, color_scheme=scheme, viewport={"width": width, "height": 900})
+            watched = open_page(f"http://127.0.0.1:{port}")
             page = watched.page
             expect(page.locator("h1")).to_have_text("Working")
             expect(page.locator("#failures")).to_contain_text("None since the start.")
-            shoot("empty")
+            watched.shoot("consumer-empty")
             submit("--count", 60)
             submit("--widget-id", "<b>no id</b>")
             expect(page.locator("#outcomes")).to_contain_text("60")
             expect(page.locator("#failures li")).to_contain_text("is not a UUID of version 1")
             expect(page.locator("#failures li")).to_contain_text("widget <b>no id</b>")
-            shoot("data")
+            watched.shoot("consumer-data")
             maker.process.terminate()
             maker.process.wait(20)
             submit("--count", 30)
             expect(page.locator("h1")).to_have_text("Waiting for the maker", timeout=20_000)
             expect(page.locator("#troubles")).to_contain_text("The breaker is open (unavailable)", timeout=20_000)
             expect(page.locator("#troubles")).to_contain_text("Failed to connect")
-            shoot("outage")
+            watched.shoot("consumer-outage")

@@ -12,11 +12,10 @@ import pytest
 import requests
 from browser.conftest import Watched
 from playwright.sync_api import Page, expect
-from support import HERE, run_script, script, wait_until, widget_maker, widgets
+from support import run_script, script, wait_until, widget_maker, widgets
 
 pytestmark = pytest.mark.xdist_group("browser")
 
-SCREENSHOTS = HERE / "tests" / "browser" / "screenshots"
 SHOWN_WITHIN_MS = 2000
 BAR_WITHIN_MS = 10_000
 """A bar is drawn when its 5 seconds are over."""
@@ -55,20 +54,10 @@ def newest(page: Page) -> str:
     return page.locator("#list code").first.inner_text()
 
 
-def assert_flawless(watched: Watched, url: str) -> None:
-    assert watched.problems == []
-    assert watched.inaccessible() == []
-    assert [asked for asked in watched.requests if not asked.startswith(f"{url}/")] == []
-    assert watched.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [375, 1280])
 def test_every_page_is_flawless_at_each_width_and_colour_scheme(
-    running: str, open_page: Callable[..., Watched], scheme: str, width: int
+    running: str, open_page: Callable[..., Watched]
 ) -> None:
-    SCREENSHOTS.mkdir(exist_ok=True)
     made = make(running)
     paths = {
         "first": "/",
@@ -77,30 +66,24 @@ def test_every_page_is_flawless_at_each_width_and_colour_scheme(
         "found": f"/search?id={made[0]}",
         "nothing-found": "/search?id=no+id",
     }
-    watched = open_page(f"{running}/", color_scheme=scheme, viewport={"width": width, "height": 900})
+    watched = open_page(f"{running}/")
     for name, path in paths.items():
         watched.page.goto(running + path)
-        watched.page.screenshot(path=SCREENSHOTS / f"{name}-{width}-{scheme}.png", full_page=True)
-        assert_flawless(watched, running)
+        watched.shoot(name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [375, 1280])
 def test_a_maker_that_has_made_nothing_says_what_to_type_and_one_in_an_outage_says_so(
-    tmp_path: Path, open_page: Callable[..., Watched], scheme: str, width: int
+    tmp_path: Path, open_page: Callable[..., Watched]
 ) -> None:
-    SCREENSHOTS.mkdir(exist_ok=True)
-    options = {"color_scheme": scheme, "viewport": {"width": width, "height": 900}}
     for name, words, shown in (
         ("empty", [], "python widget_producer.py --wait"),
         ("outage", ["--outage", "2:1000"], "Outage on purpose"),
     ):
         with widget_maker(tmp_path, *words) as (url, _):
-            watched = open_page(f"{url}/", **options)
+            watched = open_page(f"{url}/")
             expect(watched.page.locator("main")).to_contain_text(shown)
-            watched.page.screenshot(path=SCREENSHOTS / f"{name}-{width}-{scheme}.png", full_page=True)
-            assert_flawless(watched, url)
+            watched.shoot(name)
 
 
 def test_a_widgets_page_tells_of_its_message_and_leads_to_its_neighbours(
@@ -128,7 +111,7 @@ def test_a_new_widget_shows_within_two_seconds_without_a_reload(
         expect(watched.page.locator("#list code").first).to_have_text(made, timeout=SHOWN_WITHIN_MS)
     assert watched.page.evaluate("window.isTheSame")
     expect(watched.page.locator("#list > li")).to_have_count(24)
-    assert_flawless(watched, running)
+    watched.assert_flawless()
 
 
 @pytest.mark.slow

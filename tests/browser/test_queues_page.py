@@ -11,14 +11,13 @@ from backend_zaqar import zaqar_mongodb
 from backends import embedded
 from browser.conftest import Watched
 from playwright.sync_api import Page, expect
-from support import HERE, Script, free_port, script, wait_until
+from support import Script, free_port, script, wait_until
 
 from claim_queues import Queues
 
 pytestmark = pytest.mark.xdist_group("browser")
 
 REQUESTS, RESPONSES, LETTERS = (f"itchy-octo-chainsaw-{kind}" for kind in ("request", "response", "dead-letter"))
-SCREENSHOTS = HERE / "tests" / "browser" / "screenshots"
 LIVE_WITHIN_MS = 6000
 """A look every two seconds, and a page every second."""
 Open = Callable[..., Watched]
@@ -60,32 +59,19 @@ def queues(tmp_path: Path) -> Iterator[Queues]:
         yield service.queues
 
 
-def assert_flawless(watched: Watched) -> None:
-    origin = "/".join(watched.page.url.split("/")[:3])
-    assert watched.problems == []
-    assert watched.inaccessible() == []
-    assert [asked for asked in watched.requests if not asked.startswith(f"{origin}/")] == []
-    assert watched.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert "token" not in watched.page.url
-
-
 def tile(page: Page, kind: str) -> Any:
     return page.locator(f"#{kind} dd.number").first
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [375, 1280])
+@pytest.mark.slow
 def test_every_page_is_flawless_at_each_width_and_colour_scheme(
-    queues: Queues, tmp_path: Path, open_page: Open, scheme: str, width: int
+    queues: Queues, tmp_path: Path, open_page: Open
 ) -> None:
-    SCREENSHOTS.mkdir(exist_ok=True)
-
     def shoot(name: str) -> None:
-        watched.page.screenshot(path=SCREENSHOTS / f"queues-{name}-{width}-{scheme}.png", full_page=True)
-        assert_flawless(watched)
+        watched.shoot(f"queues-{name}")
 
     with served(tmp_path, queues.address) as running:
-        watched = open_page(link(running), color_scheme=scheme, viewport={"width": width, "height": 900})
+        watched = open_page(link(running))
         page = watched.page
         expect(page.locator("#letters")).to_contain_text("None.")
         shoot("empty")
@@ -149,7 +135,7 @@ def test_one_dead_letter_is_deleted_and_then_all(queues: Queues, tmp_path: Path,
             page.get_by_role("button", name="Delete").click()
             expect(page.locator("#said")).to_contain_text("Deleted")
             assert queues.stats(LETTERS).total == left
-        assert_flawless(watched)
+        watched.assert_flawless()
     assert queues.stats(REQUESTS).total == 0
 
 
