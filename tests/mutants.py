@@ -34,6 +34,7 @@ def plant(mutant: dict[str, str]) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / "project"
         shutil.copytree(HERE, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "bench"))
+        (copy / ".venvs").symlink_to(HERE / ".venvs")  # the queue servers
         target = copy / mutant["file"]
         text = target.read_text()
         if text.count(mutant["old"]) != 1:
