@@ -159,13 +159,12 @@ class Consumer:
                 if claim.messages and claim.holds(0):
                     delay = 0 if self._stopping.is_set() else release_delay(deliveries)
                     self._insist(claim, "release", lambda: self._releases.add(claim, delay))
+            self.trouble.ends("renew", "release")
         except ClaimLost as error:
             lost = [delivery.id for delivery in deliveries if not delivery.is_done]
             log.warning("claim lost: other consumers get its messages", reason=str(error), messages=lost)
             self.metrics.lost.inc(len(lost))
             self.trouble.ends("count", "renew", "settle", "release", is_back=False)
-        else:
-            self.trouble.ends("renew", "release")
 
     def _deliver_all(self, claim: Claim, deliveries: list[Delivery]) -> None:
         """Look up what is known of each message, POST the messages, and every second settle those that are ready."""
