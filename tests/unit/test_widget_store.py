@@ -88,6 +88,7 @@ def test_a_widget_knows_its_first_message_and_its_neighbours_also_in_a_file_of_a
         widgets.create([(ID, Origin("message", 2, 7)), (OTHER_ID, Origin())])
         widgets.create([(ID, Origin("another", 9, 9))])
         assert widgets.origin(ID) == (Origin("message", 2, 7), None, OTHER_ID)
+        assert widgets.origin(OTHER_ID) == (Origin(), ID, None)
     with closing(apsw.Connection(str(path))) as file:
         file.execute("DROP TABLE origin")
     with closing(Widgets(path)) as widgets:
