@@ -298,7 +298,7 @@ class Consumer:
 @click.option("--slots", type=click.IntRange(1, 256), default=8, help="POSTs in flight at once.")
 @click.option("--post-batch", type=click.IntRange(1, 20), default=1, help="Requests per POST, if makers take batches.")
 @click.option("--deadline", type=click.FloatRange(0.1, 43_190), default=20.0, help="Seconds for one POST, in all.")
-@click.option("--max-receives", type=click.IntRange(2, 1000), default=5, help="Receives charged before a dead letter.")
+@click.option("--max-receives", type=click.IntRange(2, 1000), default=5, help="Failed receives before a dead letter.")
 @click.option("--poll-interval", type=click.FloatRange(0.1, 20), default=2.0, help="Longest idle wait, in seconds.")
 @click.option("--response-ttl", type=MESSAGE_SECONDS, default=86_400, help="Seconds a response lives.")
 @click.option("--drain", is_flag=True, help="Exit once nothing is left, messages claimed by others included.")

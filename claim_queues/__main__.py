@@ -101,7 +101,10 @@ def redrive(limit: int, *, dry_run: bool, **given: Any) -> None:
             for letter in islice(letters, limit):
                 tell(letter["request_id"], None)
             return
-        if not queues.stats(names[0]).free:
+        found = queues.stats(names[0])
+        if found.claimed:
+            note(f"{names[0]}: {found.claimed:,} are claimed until their claims end, perhaps by another redrive")
+        if not found.free:
             note(f"{names[0]}: no dead letters to bring back")
         ttl = given["ttl"] if queues.limits.has_message_ttl else None
         if left := bring_back(queues, *names, limit=limit, ttl=ttl, tell=tell):

@@ -69,7 +69,7 @@ class Command(click.Command):
         super().__init__(*args, **kwargs)
         settings = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "WIDGET", "show_default": True}
         self.context_settings = {**self.context_settings, **settings, "max_content_width": 100}
-        self.epilog = "Each option is also an environment variable: --queue-url is WIDGET_QUEUE_URL."
+        self.epilog = "Nearly every option is also an environment variable: --log-level would be WIDGET_LOG_LEVEL."
         self.examples = examples
         click.version_option(__version__, allow_from_autoenv=False)(self)
 
@@ -77,7 +77,7 @@ class Command(click.Command):
         sections = {"Options": list[tuple[str, str]]()}
         for parameter in self.get_params(ctx):
             rows = sections.setdefault(SECTIONS.get(str(parameter.name), list(sections)[-1]), [])
-            if record := parameter.get_help_record(ctx):
+            if (record := parameter.get_help_record(ctx)) and record[1]:
                 rows.append(record)
         for title, rows in sections.items():
             if rows:

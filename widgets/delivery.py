@@ -204,7 +204,9 @@ class Maker:
         self._url, self._signer = url, signer
         self._batch_url = urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/batch"))
         self._health_url = health_url or urljoin(self.url, "/healthz")
-        self._is_elsewhere = check_url(self._health_url, allow_plain_http=allow_plain_http).netloc != parts.netloc
+        self._is_elsewhere = (
+            check_url(self._health_url, allow_plain_http=allow_plain_http, what="health").netloc != parts.netloc
+        )
         self._asked_at, self._is_there, self._is_mute = 0.0, False, False
         self._has_created = False
         self._lock = threading.Lock()
@@ -262,7 +264,10 @@ class Maker:
                 self.health = "" if is_well else reply.reason
                 self._is_mute = self._is_mute and not is_well
                 if bool(health) != bool(self.health) and not self._is_mute:
-                    log.warning("the maker is not well" if self.health else "the maker is well", reason=self.health)
+                    say, event = (
+                        (log.warning, "the maker is not well") if self.health else (log.info, "the maker is well")
+                    )
+                    say(event, reason=self.health or None)
             return not self.health or (self._is_mute and self._is_there)
 
     def check(self, report: Report) -> None:
@@ -319,15 +324,15 @@ def judge(reply: Reply, widget_id: str) -> Answer:
         return Answer("created", None, status)
     if status in REJECTING and own is not None:
         return Answer("rejected", None, status, own)
-    if status == 0 or status in UNAVAILABLE:
-        return failure(reply.failure)
     said = reason if own is None else f"{reason}: {own}"
+    if status == 0 or status in UNAVAILABLE:
+        return failure(reply.failure, said)
     if 500 <= status < 600 and status not in (501, 505):
         return failure(Failure.FAILED if status == 500 or own is not None else Failure.UNAVAILABLE, said)
     return failure(Failure.MISCONFIGURED, said if own else f"{reason}: not an answer of the widget maker")
 
 
-def check_url(url: str, *, allow_plain_http: bool) -> Any:
+def check_url(url: str, *, allow_plain_http: bool, what: str = "maker") -> Any:
     """The parts of a usable URL. Raises ConfigError for any other; its text never shows credentials."""
     try:
         parts = urlsplit(url)
@@ -335,9 +340,11 @@ def check_url(url: str, *, allow_plain_http: bool) -> Any:
     except ValueError:
         usable = False
     if not usable or parts.username is not None or parts.fragment or re.search(r"[\s\x00-\x1f\x7f\\]", url):
-        raise ConfigError("maker URL: write http://HOST[:PORT]/PATH or https://..., without credentials or a fragment")
+        raise ConfigError(
+            f"{what} URL: write http://HOST[:PORT]/PATH or https://..., without credentials or a fragment"
+        )
     if parts.scheme == "http" and not allow_plain_http and not is_loopback(parts.hostname):
-        raise ConfigError(f"maker URL http://{parts.hostname}: others could read it: use https or --allow-plain-http")
+        raise ConfigError(f"{what} URL http://{parts.hostname}: others could read it: use https or --allow-plain-http")
     return parts
 
 

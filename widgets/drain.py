@@ -40,7 +40,8 @@ class Drain:
         if breaker.hopeless_since is not None and now - breaker.hopeless_since > HOPELESS_S:
             raise NothingPasses(f"nothing passes ({breaker.reason}): the queue keeps what is left")
         if self._timeout and now - self._began_at > self._timeout:
-            raise DrainTimedOut(f"not drained within {self._timeout:g} s: the queue keeps what is left")
+            why = f" ({breaker.reason})" if breaker.reason else ""
+            raise DrainTimedOut(f"not drained within {self._timeout:g} s{why}: the queue keeps what is left")
 
     def is_over(self, *, found: bool) -> bool:
         """Called after each claim: whether the queue has been empty long enough to believe the service's counts."""
@@ -50,9 +51,9 @@ class Drain:
         stats = self._queues.stats(self._request_queue)
         if stats.total:
             self._empty_since = None
-            if not self._waits:
+            if not self._waits and stats.total > stats.free:
                 log.info("waiting: messages are claimed or delayed", claimed=stats.claimed, delayed=stats.delayed)
-            self._waits = True
+                self._waits = True
             return False
         now, seconds = time.monotonic(), self._queues.limits.approximate_s
         if self._empty_since is None and seconds:

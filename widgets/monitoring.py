@@ -126,6 +126,7 @@ class Watch:
         is_well = self.maker.is_well(time.monotonic() - 5)
         found = {"queue": self.trouble, "maker": "" if is_well else f"{self.maker.url}: {self.maker.health}"}
         found |= {"breaker": self.consumer.breaker.reason, **self.consumer.trouble.reasons}
+        found["consumer"] = "it is stopping" if self.consumer.slots.is_stopping else ""
         return {what: why for what, why in found.items() if why}
 
     def state(self, troubles: Collection[str]) -> str:

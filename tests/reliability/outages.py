@@ -52,7 +52,7 @@ def _without_maker(made: World, scale: float, consumers: int, left: Callable[[],
             made.consumer("--max-receives", 5, "--receive-counts", f"{number}.sqlite3", **how)
             for number in range(consumers)
         ]
-        wait_until(lambda: len(made.widgets()) * 10 > len(made.posted), 60)
+        wait_until(lambda: len(made.widgets()) * 10 > len(made.posted), 300)
         maker.kill()
     time.sleep(scaled(10, scale) * CLAIM_TTL)
     with made.maker():
@@ -69,7 +69,7 @@ def outage_on_sqs(scale: float) -> Result:
     """The same on SQS, two consumers that share no state. Fewer requests: moto takes longer for each that it holds."""
     from claim_queues.sqs import SqsQueues
 
-    ids = widget_ids(scaled(2_000, scale))
+    ids = widget_ids(scaled(1_000, scale))
     with (
         world() as made,
         mock.patch.dict(os.environ, KEYS),

@@ -170,7 +170,7 @@ def test_an_outage_of_the_maker_is_told_with_its_reasons_and_is_no_cause_to_rest
         bench.maker.answer = lambda post: 503
         bench.post(*(f"more {number}" for number in range(12)))
         wait_until(lambda: bench.troubles().keys() == {"maker", "breaker"})
-        assert bench.troubles() == {"maker": f"{bench.maker.url}: HTTP 503", "breaker": "HTTP 503"}
+        assert bench.troubles() == {"maker": f"{bench.maker.url}: HTTP 503", "breaker": "HTTP 503: scripted 503"}
         states = {name: value for name, value in bench.metrics().items() if name.startswith("breaker_state")}
         assert {name for name, value in states.items() if value} == {"breaker_state unavailable"}
         assert (bench.get("/healthz").status_code, bench.get("/healthz").json()) == (200, {"status": "ok"})
@@ -243,6 +243,14 @@ def test_a_maker_whose_health_page_is_wrong_is_working(bench: Bench) -> None:
     with bench.watched(), bench.working():
         wait_until(lambda: ">1</dd>" in bench.get("/").text)
         assert ">Working<" in bench.get("/").text
+
+
+def test_a_consumer_that_stops_is_not_ready(bench: Bench) -> None:
+    with bench.watched(), bench.working():
+        wait_until(lambda: bench.troubles() == {})
+        bench.consumer.stop()
+        assert bench.troubles() == {"consumer": "it is stopping"}
+        assert ">Stopping<" in bench.get("/").text
 
 
 def test_a_reason_that_is_no_text_is_shown(bench: Bench) -> None:

@@ -447,3 +447,11 @@ def test_create_makes_what_is_missing(command: list[str], tmp_path: Path) -> Non
 )
 def test_an_empty_queue_is_said_on_stderr(queues: Queues, command: list[str], said: str) -> None:
     assert tool(*command) == Ended(0, "", f"{said}\n")
+
+
+def test_a_redrive_says_what_a_claim_holds(queues: Queues) -> None:
+    queues.post(LETTERS, [letter(1), letter(2)])
+    assert queues.claim(LETTERS, ttl=300, grace=60, limit=1)
+    ended = tool("redrive")
+    assert (ended.code, len(ended.lines)) == (0, 1)
+    assert ended.err == f"{LETTERS}: 1 are claimed until their claims end, perhaps by another redrive\n"
