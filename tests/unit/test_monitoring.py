@@ -241,8 +241,9 @@ def test_a_maker_whose_health_page_is_wrong_is_working(bench: Bench) -> None:
     bench.maker.health = Reply(503)
     bench.post("w")
     with bench.watched(), bench.working():
-        wait_until(lambda: ">1</dd>" in bench.get("/").text)
-        assert ">Working<" in bench.get("/").text
+        wait_until(lambda: bench.consumer.metrics.totals()["created"])
+        wait_until(lambda: ">Working<" in bench.get("/").text)
+        assert bench.metrics()["maker_well"] == 0
 
 
 def test_a_consumer_that_stops_is_not_ready(bench: Bench) -> None:
