@@ -76,12 +76,11 @@ def dead_letters(dead_letter_queue: str, limit: int, *, as_json: bool, **given: 
     """Show the dead letters, oldest first: REQUEST_ID WIDGET_ID RECEIVES REASON."""
     with opened(given, dead_letter_queue, looking=True) as queues:
         found = islice(browse_all(queues, dead_letter_queue), limit)
-        letters = ((each.id, each.body if is_letter(each.body) else no_letter(each.body)) for each in found)
         if as_json:
-            for id_, letter in letters:
-                print_lines([json.dumps({**letter, "message_id": id_})])
+            for each in found:
+                print_lines([json.dumps({**as_letter(each.body), "message_id": each.id})])
         else:
-            print_table(["request", "widget", "receives", "reason"], (summary(letter) for _, letter in letters))
+            print_table(["request", "widget", "receives", "reason"], (summary(as_letter(each.body)) for each in found))
 
 
 @cli.command(examples=["--dry-run", "--limit 10"])
@@ -159,11 +158,13 @@ def web(host: str, port: int, **given: Any) -> None:
         serve(queues, names, host, port, ttl=given["ttl"] if queues.limits.has_message_ttl else None)
 
 
-def no_letter(body: JSON) -> dict[str, JSON]:
-    return {"reason": f"not a dead letter: {json.dumps(body)}"}
+def as_letter(body: JSON) -> dict[str, JSON]:
+    """The dead letter, or why the body is none."""
+    return body if is_letter(body) else {"reason": f"not a dead letter: {json.dumps(body)}"}
 
 
 def summary(letter: dict[str, JSON]) -> list[JSON]:
+    """What the table of dead letters shows of one."""
     body = letter.get("body")
     widget_id = body.get("widget_id") if isinstance(body, dict) else None
     return [letter.get("request_id"), widget_id, letter.get("receive_count"), letter.get("reason")]

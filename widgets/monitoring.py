@@ -131,11 +131,10 @@ class Watch:
 
     def state(self, troubles: Collection[str]) -> str:
         """What it does now, in a few words."""
-        failing = self.consumer.trouble.reasons
-        if self.consumer.slots.is_stopping:
+        if "consumer" in troubles:
             return "stopping"
-        if failing:
-            return "settling fails" if "settle" in failing else "waiting for the queue service"
+        if self.consumer.trouble.reasons:
+            return "settling fails" if "settle" in troubles else "waiting for the queue service"
         return "waiting for the maker" if "breaker" in troubles or "maker" in troubles else "working"
 
     def rate(self) -> float:
