@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from doubles.identity_double import REGION, IdentityDouble
 from doubles.keyring_double import USER, Keyring, keyring_of
-from processes import advance, zaqar
+from queue_servers import advance, zaqar
 
 from claim_queues import Queues
 

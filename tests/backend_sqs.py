@@ -8,8 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import processes
 import pytest
+import queue_servers
 from backends import Service
 
 from claim_queues import Claim, Queues
@@ -51,7 +51,7 @@ class SqsService:
         return self._opened[-1]
 
     def advance(self, seconds: float) -> None:
-        processes.advance(self._endpoint, seconds)
+        queue_servers.advance(self._endpoint, seconds)
         for queues in self._opened:
             queues.age(seconds)
 
@@ -67,7 +67,7 @@ def server() -> str:
     """The URL of this process's server, which ends with the process."""
     with ExitStack() as started:
         directory = started.enter_context(TemporaryDirectory())
-        url = started.enter_context(processes.sqs(Path(directory) / "moto.log"))
+        url = started.enter_context(queue_servers.sqs(Path(directory) / "moto.log"))
         atexit.register(started.pop_all().close)
     return url
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlencode
 
-import processes
 import pytest
+import queue_servers
 from backends import Service
 
 from claim_queues import Queues
@@ -47,7 +47,7 @@ class ZaqarService:
 def zaqar_mongodb(directory: Path) -> Iterator[Service]:
     url = mongodb_server()
     with ExitStack() as closing:
-        yield ZaqarService(url, lambda seconds: processes.advance(url, seconds), closing)
+        yield ZaqarService(url, lambda seconds: queue_servers.advance(url, seconds), closing)
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def zaqar_redis(directory: Path) -> Iterator[Service]:
     url, redis_port = redis_server()
 
     def advance(seconds: float) -> None:
-        processes.advance(url, seconds)
+        queue_servers.advance(url, seconds)
         bring_expiries_nearer(redis_port, seconds)
 
     with ExitStack() as closing:
@@ -67,7 +67,7 @@ def mongodb_server() -> str:
     """The URL of this process's server, which ends with the process."""
     with ExitStack() as started:
         directory = Path(started.enter_context(TemporaryDirectory()))
-        url = started.enter_context(processes.zaqar(23, "mongodb", directory / "zaqar.log"))
+        url = started.enter_context(queue_servers.zaqar(23, "mongodb", directory / "zaqar.log"))
         atexit.register(started.pop_all().close)
     return url
 
@@ -77,8 +77,8 @@ def redis_server() -> tuple[str, int]:
     """The URL of this process's server, and its Redis's port; both end with the process."""
     with ExitStack() as started:
         directory = Path(started.enter_context(TemporaryDirectory()))
-        port = started.enter_context(processes.redis(directory / "redis.log"))
-        url = started.enter_context(processes.zaqar(23, "redis", directory / "zaqar.log", redis_port=port))
+        port = started.enter_context(queue_servers.redis(directory / "redis.log"))
+        url = started.enter_context(queue_servers.zaqar(23, "redis", directory / "zaqar.log", redis_port=port))
         atexit.register(started.pop_all().close)
     return url, port
 

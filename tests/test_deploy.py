@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import processes
 import pytest
+import queue_servers
 import requests
 import yaml
 from support import HERE, free_port, run_script, script, tool_or_skip, wait_until, widget_maker
@@ -110,7 +110,7 @@ def test_compose_brings_a_request_from_sqs_to_the_maker(tmp_path: Path) -> None:
     """Without containers: the settings of its services, at ports of this machine."""
     pytest.importorskip("boto3")
     port = free_port()
-    with processes.sqs(tmp_path / "log") as queue_url:
+    with queue_servers.sqs(tmp_path / "log") as queue_url:
         moved = {"http://127.0.0.1:9324": queue_url, "http://maker:8000": f"http://localhost:{port}"}
 
         def settings_of(service: str) -> dict[str, str]:

@@ -5,8 +5,8 @@ import socket
 import subprocess
 from pathlib import Path
 
-import processes
 import pytest
+import queue_servers
 from support import HERE, tool_or_skip
 
 MAKEFILE = (HERE / "Makefile").read_text()
@@ -35,7 +35,7 @@ def test_a_port_that_is_taken_is_said(command: str, python: str, name: str, port
 
 def test_the_local_zaqar_starts_without_a_traceback(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with processes.zaqar(23, "mongodb", log):
+    with queue_servers.zaqar(23, "mongodb", log):
         assert "Serving on" in log.read_text()
     assert "Traceback" not in log.read_text()
 

@@ -8,7 +8,7 @@ from threading import Timer
 from typing import Any
 from unittest import mock
 
-import processes
+import queue_servers
 from doubles.scripted_maker import Post, Reply
 from support import wait_until
 
@@ -73,7 +73,7 @@ def outage_on_sqs(scale: float) -> Result:
     with (
         world() as made,
         mock.patch.dict(os.environ, KEYS),
-        processes.sqs(made.directory / "moto.log") as endpoint,
+        queue_servers.sqs(made.directory / "moto.log") as endpoint,
         SqsQueues(REGION, endpoint=endpoint) as queues,
     ):
         for queue in (REQUESTS, RESPONSES, DEAD_LETTERS):
