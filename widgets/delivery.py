@@ -312,7 +312,7 @@ class Maker:
 
 def judge(reply: Reply, widget_id: str) -> Answer:
     """What a reply means for the request of that widget."""
-    status, body = reply.status, reply.body
+    status, body, made = reply.status, reply.body, reply.body.get("id")
     reason = reply.reason[:MOST_REASON] or f"HTTP {status}"
     error = body.get("error")
     own = str(error.get("message"))[:MOST_REASON] if isinstance(error, dict) and "code" in error else None
@@ -320,7 +320,7 @@ def judge(reply: Reply, widget_id: str) -> Answer:
     def failure(kind: Failure, why: str = reason) -> Answer:
         return Answer(None, kind, status or None, why, reply.retry_after)
 
-    if status in (200, 201) and str(body.get("id")).lower() == widget_id.lower():
+    if status in (200, 201) and isinstance(made, str) and made.lower() == widget_id.lower():
         return Answer("created", None, status)
     if status in REJECTING and own is not None:
         return Answer("rejected", None, status, own)
