@@ -1,7 +1,7 @@
 """Say from what a run left behind whether a promise was broken. It knows nothing of how the run was made."""
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,22 +23,29 @@ class Evidence:
 
 
 def check(
-    evidence: Evidence, *, poison: Collection[str] = (), is_drained: bool = True, may_repeat: bool = False
+    evidence: Evidence,
+    *,
+    poison: Collection[str] = (),
+    suspects: Collection[str] = (),
+    is_drained: bool = True,
+    may_repeat: bool = False,
 ) -> tuple[dict[str, int], list[str]]:
     """The outcomes of the messages, in numbers, and a line for each promise that was broken.
 
-    poison: names of the only requests that may be dead letters. is_drained: nothing may be left. may_repeat: the
-    service may store a response twice, as the same.
+    poison: names of the requests that must be dead letters. suspects: of those that may be. is_drained: nothing may be
+    left. may_repeat: the service may store a response twice, as the same.
     """
-    answers: dict[str, list[Any]] = {}
+    answers = defaultdict[str, list[Any]](list)
     for response in evidence.responses.values():
-        answers.setdefault(response["request_id"], []).append(response)
+        answers[response["request_id"]].append(response)
     known = evidence.posted | evidence.queued
     outcomes = {id_: {found["outcome"] for found in all_} for id_, all_ in answers.items()}
-    named = {id_: {name_of(found) for found in all_} for id_, all_ in answers.items()}
+    responses = {id_: [found["response_id"] for found in all_] for id_, all_ in answers.items()}
+    named = {id_: {str(found["widget_id"] or "").lower() for found in all_} for id_, all_ in answers.items()}
     attempted, widgets = {name(body) for body in evidence.attempted}, set(evidence.widgets)
     letters = {letter["request_id"]: letter for letter in evidence.letters.values()}
-    ended = widgets | {name(letter["body"]) for letter in letters.values()} | set().union(*named.values())
+    dead = {name(letter["body"]) for letter in letters.values()}
+    ended = widgets | dead | set().union(*named.values())
     by_outcome = Counter(next(iter(found)) for found in outcomes.values())
     figures = {
         "posted": len(evidence.posted),
@@ -58,15 +65,16 @@ def check(
         _all("left in the queue", evidence.queued if is_drained else ()),
         _all("ended and still queued", answers.keys() & evidence.queued.keys()),
         _all("from nowhere", (ended | {name(body) for body in evidence.queued.values()}) - attempted - {""}),
-        _all("made twice", (id_ for id_, times in Counter(evidence.widgets).items() if times > 1)),
+        _all("made twice", _twice(evidence.widgets)),
         _all("called created, but not made", of("created") - widgets),
         _all("called rejected, but made", of("rejected") & widgets),
         _all("of two outcomes", (id_ for id_, found in outcomes.items() if len(found) > 1)),
-        _all("answered twice", (id_ for id_, all_ in answers.items() if _repeats(all_, may_repeat=may_repeat))),
+        _all("answered twice", (id_ for id_, ids in responses.items() if len(set(ids) if may_repeat else ids) > 1)),
         _all("failed without a dead letter", {id_ for id_ in outcomes if "failed" in outcomes[id_]} - letters.keys()),
         _all("a dead letter without a response", letters.keys() - answers.keys()),
         _all("a dead letter two times", _twice(letter["request_id"] for letter in evidence.letters.values())),
-        _all("innocent, but a dead letter", {name(letter["body"]) for letter in letters.values()} - set(poison)),
+        _all("innocent, but a dead letter", dead - {*poison, *suspects}),
+        _all("poison, but no dead letter", set(poison) - dead),
         _all("changed in its dead letter", differ),
     ]
     return figures, [line for line in broken if line]
@@ -76,15 +84,6 @@ def name(body: Any) -> str:
     """What a request is called: its widget id, or its body where it has none."""
     found = body.get("widget_id") if isinstance(body, dict) else None
     return found.lower() if isinstance(found, str) else json.dumps(body, sort_keys=True)
-
-
-def name_of(response: Any) -> str:
-    """What the request of a response is called; empty where its body was no request."""
-    return str(response["widget_id"] or "").lower()
-
-
-def _repeats(answers: list[Any], *, may_repeat: bool) -> bool:
-    return len({answer["response_id"] for answer in answers} if may_repeat else answers) > 1
 
 
 def _twice(ids: Iterable[str]) -> Iterable[str]:

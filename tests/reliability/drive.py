@@ -28,10 +28,9 @@ def post_or_die(self, delivery, queue):
     return post(self, delivery, queue)
 
 
-if __name__ == "__main__":
-    if "POST_LIMIT" in os.environ:
-        SqliteQueues.limits = replace(SqliteQueues.limits, post_limit=int(os.environ["POST_LIMIT"]))
-    if "POISON" in os.environ:
-        Maker.post = post_or_die
-    del sys.argv[:2]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+if "POISON" in os.environ:
+    Maker.post = post_or_die
+if "POST_LIMIT" in os.environ:
+    SqliteQueues.limits = replace(SqliteQueues.limits, post_limit=int(os.environ["POST_LIMIT"]))
+del sys.argv[:2]
+runpy.run_path(sys.argv[0], run_name="__main__")

@@ -9,16 +9,16 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import apsw
-from support import wait_until
+from support import tool_or_skip, wait_until
 
-from .world import Campaign, Result, World, expect, scaled, together, widget_ids, world
+from .frame import Result, campaign, scaled, together
+from .world import World, expect, widget_ids, world
 
 CUTS_PER_FILE = 10
 PAGE = 4096
@@ -30,19 +30,15 @@ STORE, PARTLY = 5, 6
 def shim() -> str:
     """disk.c, compiled."""
     path = Path(tempfile.mkdtemp()) / "disk.so"
-    source = Path(__file__).with_name("disk.c")
-    subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", path, source, "-ldl"], check=True)
+    gcc, source = tool_or_skip("gcc", package="gcc"), Path(__file__).with_name("disk.c")
+    subprocess.run([gcc, "-O1", "-shared", "-fPIC", "-o", path, source, "-ldl"], check=True)
     return str(path)
 
 
-def cut_power(scale: float) -> Result:
+@campaign("a power cut at a random time: nothing reported is lost, no file is damaged", times=30, lanes=2)
+def powercuts(scale: float) -> Result:
     """The power goes while all work; then each file is as at its last sync, or a mix of that and what followed."""
-    cuts = scaled(300, scale)
-    return together(_cut, [min(CUTS_PER_FILE, cuts - start) for start in range(0, cuts, CUTS_PER_FILE)], lanes=2)
-
-
-def _cut(cuts: int) -> Result:
-    broken: list[str] = []
+    cuts, broken = min(CUTS_PER_FILE, scaled(300, scale)), list[str]()
     env = {"LD_PRELOAD": shim()}
     with world() as made:
         synced = made.directory / ".synced"
@@ -88,49 +84,42 @@ def _mix(old: bytes, new: bytes) -> bytes:
     return b"".join(page.ljust(PAGE, b"\0") for page in pages)[: random.choice((len(old), len(new)))]
 
 
-def fail_at_each_call(scale: float) -> Result:
-    """Each call that writes fails, once or from then on, in a consumer, a producer and a maker."""
-    errors = ((errno.EIO, {}), (errno.EIO, {"FAIL_ON": "1"}), (errno.ENOSPC, {"FAIL_ON": "1"}))
-    cases = [(role, {"FAIL_ERROR": str(error)} | more) for role in ROLES for error, more in errors]
-    with world() as other, other.maker():
-        return together(lambda case: _fail(other, scale, *case), cases, lanes=3)
+ONE_ERROR = {"FAIL_ERROR": str(errno.EIO)}
+FAILURES = [ONE_ERROR, ONE_ERROR | {"FAIL_ON": "1"}, {"FAIL_ERROR": str(errno.ENOSPC), "FAIL_ON": "1"}]
 
 
-def _fail(other: World, scale: float, role: str, env: dict[str, str]) -> Result:
-    """The first call of a process, the second one, and so on until it makes no more."""
-    step = min(40, round(1 / scale))
-    numbers = count(random.randint(1, step), step)
-
-    def at(number: int) -> Result | None:
+@campaign(
+    "an I/O error or a full disk at each call that writes: nothing lost",
+    [(role, env) for role in ("consumer", "producer", "maker") for env in FAILURES],
+    lanes=3,
+)
+def ioerrors(scale: float, role: str, env: dict[str, str]) -> Result:
+    """Once or from then on: the first call of a process, the second one, and so on until it makes no more."""
+    step, found = min(40, round(1 / scale)), list[Result]()
+    for number in count(random.randint(1, step), step):
         with world() as made:
             where = {"LD_PRELOAD": shim(), "FAIL_IN": str(made.directory), "FAIL_AT": str(number)}
-            code = ROLES[role](made, other, env | where)
+            code = _fail(made, role, env | where)
             if not (made.directory / ".failed").exists():
-                return None
-            mine = {body["widget_id"] for body in made.attempted}
-            widgets = made.widgets() if made.database.exists() else mine.intersection(other.widgets())
-            found = made.check(widgets, is_drained=role != "producer")
-        wrong = f"exit code {code}" if code not in (0, STORE, *([PARTLY] if role == "producer" else [])) else ""
-        broken = [f"{role}, call {number}, {env}: {line}" for line in [*found.broken, wrong] if line]
-        return Result(found.figures | {"calls": 1, f"{role}s that exit {code}": 1}, broken)
-
-    return together(lambda found: found, iter(lambda: at(next(numbers)), None))
+                break
+            figures, broken = made.check(is_drained=role != "producer")
+        if code not in (0, STORE, *([PARTLY] if role == "producer" else [])):
+            broken.append(f"exit code {code}")
+        broken = [f"{role}, call {number}, {env}: {line}" for line in broken]
+        found.append(Result(figures | {"calls": 1, f"{role}s that exit {code}": 1}, broken))
+    return together(lambda each: each, found)
 
 
-def _failing_consumer(made: World, other: World, env: dict[str, str]) -> int:
-    made.maker_url = other.maker_url
-    made.post_ids(widget_ids(4))
-    code = made.consumer("--slots", 1, "--drain", env=env).exit_code()
-    made.drain()
-    return code
-
-
-def _failing_producer(made: World, other: World, env: dict[str, str]) -> int:
-    return made.producer(widget_ids(4), env=env | {"POST_LIMIT": "2"}).exit_code()
-
-
-def _failing_maker(made: World, other: World, env: dict[str, str]) -> int:
-    made.post_ids(widget_ids(4))
+def _fail(made: World, role: str, env: dict[str, str]) -> int:
+    """Run the script with the fault, and its peers without; gives its exit code."""
+    if role == "producer":
+        return made.producer(widget_ids(4), env=env | {"POST_LIMIT": "2"}).exit_code()
+    made.post_ids(4)
+    if role == "consumer":
+        with made.scripted():
+            code = made.consumer("--slots", 1, "--drain", env=env).exit_code()
+            made.drain()
+        return code
     with made.maker(env=env) as maker:
         consumer = made.consumer("--slots", 1)
         wait_until(lambda: maker.process.poll() is not None or not made.stats().free)
@@ -138,27 +127,22 @@ def _failing_maker(made: World, other: World, env: dict[str, str]) -> int:
         maker.signal(signal.SIGTERM)
         code = maker.exit_code()
         consumer.kill()
-    made.scripts.append(maker)
     with made.maker():
         made.drain()
     return code
 
 
-ROLES: dict[str, Callable[[World, World, dict[str, str]], int]] = {
-    "consumer": _failing_consumer,
-    "producer": _failing_producer,
-    "maker": _failing_maker,
-}
-
-
-def spoil_files(scale: float) -> Result:
+@campaign("full and read-only disks; damaged and foreign files: exit 5, left as they are")
+def disk(scale: float) -> Result:
     """Disks that fill up under queue and maker, at many sizes, a read-only one, and files that are not ours."""
     damages = [*DAMAGES.items()][:: min(5, round(1 / scale))]
-    cases: list[Callable[[], Result]] = [lambda case=case: _damaged(*case) for case in damages]
-    if os.geteuid() == 0:  # who may mount a disk
-        cases += [lambda size=size: _fill(size) for size in range(128, 1_024, 64)[:: round(1 / scale)]]
-        cases += [_fill_maker, _read_only]
-    return together(lambda case: case(), cases, lanes=2).plus(disks_tried=len(cases) - len(damages))
+    cases: list[tuple[Any, ...]] = [(_damaged, *damage) for damage in damages]
+    if os.geteuid() == 0:
+        cases += [(_fill, kilobytes) for kilobytes in range(128, 1_024, 64)[:: round(1 / scale)]]
+        cases += [(_fill_maker,), (_read_only,)]
+    tried = len(cases) - len(damages)
+    found = together(lambda case: case[0](*case[1:]), cases, lanes=2)
+    return found.plus("" if tried else "no disk was tried: only root may mount one", disks_tried=tried)
 
 
 @contextmanager
@@ -192,7 +176,7 @@ def _fill_maker() -> Result:
     """The maker's disk is full: the consumer waits, and goes on by itself when there is room."""
     with world() as made, _disk(made, 256) as disk:
         made.database = disk / "widgets.sqlite3"
-        made.post_ids(widget_ids(3_000))
+        made.post_ids(3_000)
         with made.maker() as maker:
             consumer = made.consumer("--post-batch", 20, "--drain")
             time.sleep(5)
@@ -206,7 +190,7 @@ def _fill_maker() -> Result:
 def _read_only() -> Result:
     with world() as made, _disk(made, 4_096) as disk:
         made.queue = disk / "q.sqlite3"
-        made.post_ids(widget_ids(10))
+        made.post_ids(10)
         _remount(disk, "ro")
         broken = expect(made.producer(widget_ids(1)), STORE, what="a producer on a read-only disk")
         more = expect(made.consumer(), STORE, what="a consumer on a read-only disk")
@@ -216,18 +200,19 @@ def _read_only() -> Result:
         return made.check().plus(broken, more)
 
 
-def _damaged(what: str, damage: Callable[[Path], Any]) -> Result:
+def _damaged(what: str, damage: Callable[[Path, bytes], Any]) -> Result:
     """Each script on a file that was damaged: refused, and left as it is."""
     broken = []
-    for name in ("widget_consumer.py", "widget_producer.py", "widget_maker.py"):
-        with world() as made:
-            made.post([{"widget_id": id_, "note": "x" * 300} for id_ in widget_ids(200)])
-            damage(made.queue)
-            before = _content(made.queue)
+    with world() as made:
+        made.post([{"widget_id": id_, "note": "x" * 300} for id_ in widget_ids(200)])
+        sound = made.queue.read_bytes()
+        made.queue.unlink()
+        damage(made.queue, sound)
+        before = _content(made.queue)
+        for name in ("widget_consumer.py", "widget_producer.py", "widget_maker.py"):
             is_maker = name == "widget_maker.py"
-            where = ("--database", made.queue) if is_maker else ("--queue-url", made.url)
-            run = made.start(name, *where, *(("--port", made.port) if is_maker else ()))
-            broken.append(expect(run, STORE, what=f"{name}, {what}"))
+            where = ("--database", made.queue, "--port", made.port) if is_maker else ("--queue-url", made.url)
+            broken.append(expect(made.start(name, *where), STORE, what=f"{name}, {what}"))
             broken.append(f"{name}, {what}: the file was changed" if _content(made.queue) != before else "")
     return Result({}, []).plus(*broken)
 
@@ -236,39 +221,21 @@ def _content(path: Path) -> Any:
     return path.read_bytes() if path.is_file() else path.lstat().st_mode
 
 
-def _zeros(path: Path, at: int, size: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(at)
-        file.write(bytes(size))
-
-
-def _pragma(path: Path, text: str) -> None:
-    with closing(apsw.Connection(str(path))) as file:
-        file.execute(f"PRAGMA {text}")
-
-
-def _instead(path: Path, make: Callable[[Path], Any]) -> None:
-    path.unlink()
-    make(path)
-
-
-DAMAGES: dict[str, Callable[[Path], Any]] = {
-    "a zeroed header": lambda path: _zeros(path, 0, 100),
-    "a zeroed page": lambda path: _zeros(path, PAGE, PAGE),
-    "a file cut in the middle": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "a last page cut": lambda path: os.truncate(path, path.stat().st_size - 1_000),
-    "a newer version": lambda path: _pragma(path, "user_version = 99"),
-    "another program's file": lambda path: _pragma(path, "application_id = 7"),
-    "one byte": lambda path: path.write_bytes(b"\n"),
-    "text": lambda path: path.write_text("a diary\n" * 1_000),
-    "a directory": lambda path: _instead(path, Path.mkdir),
-    "a FIFO": lambda path: _instead(path, os.mkfifo),
-    "a symlink to nothing": lambda path: _instead(path, lambda link: link.symlink_to("no/such/file")),
-    "a device": lambda path: _instead(path, lambda link: link.symlink_to("/dev/zero")),
+VERSION, APPLICATION = 60, 68
+"""Where a SQLite file has them, in four bytes each."""
+DAMAGES: dict[str, Callable[[Path, bytes], Any]] = {
+    "a zeroed header": lambda path, sound: path.write_bytes(bytes(100) + sound[100:]),
+    "a zeroed page": lambda path, sound: path.write_bytes(sound[:PAGE] + bytes(PAGE) + sound[2 * PAGE :]),
+    "a file cut in the middle": lambda path, sound: path.write_bytes(sound[: len(sound) // 2]),
+    "a last page cut": lambda path, sound: path.write_bytes(sound[:-1_000]),
+    "a newer version": lambda path, sound: path.write_bytes(sound[:VERSION] + b"\0\0\0c" + sound[VERSION + 4 :]),
+    "another program's file": lambda path, sound: path.write_bytes(
+        sound[:APPLICATION] + b"\0\0\0\7" + sound[APPLICATION + 4 :]
+    ),
+    "one byte": lambda path, _: path.write_bytes(b"\n"),
+    "text": lambda path, _: path.write_text("a diary\n" * 1_000),
+    "a directory": lambda path, _: path.mkdir(),
+    "a FIFO": lambda path, _: os.mkfifo(path),
+    "a symlink to nothing": lambda path, _: path.symlink_to("no/such/file"),
+    "a device": lambda path, _: path.symlink_to("/dev/zero"),
 }
-
-CAMPAIGNS = [
-    Campaign("powercuts", "a power cut at a random time: nothing reported is lost, no file is damaged", cut_power),
-    Campaign("ioerrors", "an I/O error or a full disk at each call that writes: nothing lost", fail_at_each_call),
-    Campaign("disk", "full and read-only disks; damaged and foreign files: exit 5, left as they are", spoil_files),
-]

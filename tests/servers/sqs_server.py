@@ -45,6 +45,7 @@ def receive_message(self, queue_name, count, wait_seconds_timeout, *args, **opti
         self.get_queue(queue_name).wait_for_messages(LOOK_EVERY_S)
 
 
+@one_at_a_time
 def send_message_batch(self, queue_name, entries):
     for entry in entries.values():
         if REFUSED.search(entry["MessageBody"]):
@@ -54,12 +55,12 @@ def send_message_batch(self, queue_name, entries):
     return originals["send_message_batch"](self, queue_name, entries)
 
 
+@one_at_a_time
 def pass_time(seconds):
-    with LOCK:
-        backends = [backend for account in sqs_backends.values() for backend in account.values()]
-        for message in [each for backend in backends for queue in backend.queues.values() for each in queue._messages]:
-            message.sent_timestamp -= int(seconds * 1000)
-            message.visible_at -= seconds * 1000
+    backends = [backend for account in sqs_backends.values() for backend in account.values()]
+    for message in [each for backend in backends for queue in backend.queues.values() for each in queue._messages]:
+        message.sent_timestamp -= int(seconds * 1000)
+        message.visible_at -= seconds * 1000
 
 
 class Application(moto.server.DomainDispatcherApplication):
@@ -73,13 +74,7 @@ class Application(moto.server.DomainDispatcherApplication):
 
 SQSBackend.receive_message = receive_message
 SQSBackend.send_message_batch = send_message_batch
-for name in (
-    "create_queue",
-    "send_message_batch",
-    "delete_message_batch",
-    "change_message_visibility_batch",
-    "purge_queue",
-):
+for name in ("create_queue", "delete_message_batch", "change_message_visibility_batch", "purge_queue"):
     setattr(SQSBackend, name, one_at_a_time(getattr(SQSBackend, name)))
 moto.server.DomainDispatcherApplication = Application
 logging.getLogger("werkzeug").setLevel(logging.ERROR)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import types
+from importlib import metadata
 from pathlib import Path
 
 import waitress
@@ -73,7 +74,7 @@ def zaqar_app(driver, redis_port):
     timeutils.utcnow = utcnow
     # Zaqar ignores the URI's path, and its socket timeout of 0.1 s is too short for a busy machine.
     uri = "mongodb://mock" if driver == "mongodb" else f"redis://127.0.0.1:{redis_port}?dbid=0&socket_timeout=5"
-    versions = "1,1.1" if is_zaqar_18() else ""
+    versions = "1,1.1" if metadata.version("zaqar").startswith("18.") else ""
     path = Path(tempfile.mkdtemp()) / "zaqar.conf"
     path.write_text(CONFIGURATION.format(driver=driver, uri=uri, versions=versions))
     from zaqar import bootstrap
@@ -84,12 +85,6 @@ def zaqar_app(driver, redis_port):
     # Switched off or not, it complains, with a traceback, that it has no message bus.
     logging.getLogger("osprofiler").setLevel(logging.CRITICAL)
     return bootstrap.Bootstrap(cfg.CONF).transport.app
-
-
-def is_zaqar_18():
-    from importlib.metadata import version
-
-    return version("zaqar").startswith("18.")
 
 
 def with_clock(app):
@@ -103,17 +98,12 @@ def with_clock(app):
     return wrapped
 
 
-def main():
-    port, driver, *rest = sys.argv[1:]
-    if driver == "mongodb":
-        use_mongomock()
-    app = with_clock(zaqar_app(driver, *(rest or [None])))
-    # mongomock is not atomic as a MongoDB is: one request at a time.
-    try:
-        waitress.serve(app, host="127.0.0.1", port=int(port), threads=4 if driver == "redis" else 1)
-    except OSError as error:  # stdout, where Zaqar logs, may lead nowhere
-        sys.exit(f"cannot listen at port {port}: {error.strerror}")
-
-
-if __name__ == "__main__":
-    main()
+port, driver, *redis_port = sys.argv[1:]
+if driver == "mongodb":
+    use_mongomock()
+app = with_clock(zaqar_app(driver, *(redis_port or [None])))
+# mongomock is not atomic as a MongoDB is: one request at a time.
+try:
+    waitress.serve(app, host="127.0.0.1", port=int(port), threads=4 if driver == "redis" else 1)
+except OSError as error:  # stdout, where Zaqar logs, may lead nowhere
+    sys.exit(f"cannot listen at port {port}: {error.strerror}")
