@@ -1,18 +1,16 @@
 """Amazon SQS under the contract's tests: moto's server, one for each test process."""
 
-import atexit
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import queue_servers
-from backends import Service
+from backends import Service, until_exit
 
-from claim_queues import Claim, Queues
+from claim_queues import Claim
 
 SqsQueues = pytest.importorskip("claim_queues.sqs").SqsQueues  # needs boto3
 REGION = "eu-west-1"
@@ -37,39 +35,28 @@ class AgeingQueues(SqsQueues):
             claim.expires_at -= seconds
 
 
-class SqsService:
-    """Queues at moto's server; what is made there stays for the other tests of the process."""
-
-    def __init__(self, endpoint: str, closing: ExitStack) -> None:
-        self._endpoint = endpoint
-        self._closing = closing
-        self._opened: list[AgeingQueues] = []
-        self.queues = self.another()
-
-    def another(self) -> Queues:
-        self._opened.append(self._closing.enter_context(AgeingQueues(self._endpoint)))
-        return self._opened[-1]
-
-    def advance(self, seconds: float) -> None:
-        queue_servers.advance(self._endpoint, seconds)
-        for queues in self._opened:
-            queues.age(seconds)
-
-
 @contextmanager
 def sqs(directory: Path) -> Iterator[Service]:
-    with credentials(), ExitStack() as closing:
-        yield SqsService(server(), closing)
+    """Queues at moto's server; what is made there stays for the other tests of the process."""
+    opened: list[AgeingQueues] = []
+
+    def open_one() -> AgeingQueues:
+        opened.append(AgeingQueues(server()))
+        return opened[-1]
+
+    def advance(seconds: float) -> None:
+        queue_servers.advance(server(), seconds)
+        for queues in opened:
+            queues.age(seconds)
+
+    with credentials(), Service(open_one, advance) as service:
+        yield service
 
 
 @cache
 def server() -> str:
-    """The URL of this process's server, which ends with the process."""
-    with ExitStack() as started:
-        directory = started.enter_context(TemporaryDirectory())
-        url = started.enter_context(queue_servers.sqs(Path(directory) / "moto.log"))
-        atexit.register(started.pop_all().close)
-    return url
+    """The URL of this process's server."""
+    return until_exit(queue_servers.sqs)
 
 
 @contextmanager

@@ -1,49 +1,51 @@
 """What the contract's tests need of a queue service, and the embedded queue as one."""
 
+import atexit
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
 import pytest
 
 from claim_queues import Claim, Message, Queues
 from claim_queues.sqlite import SqliteQueues
 
-
-class Service(Protocol):
-    """A queue service under test. queues: the object that tests use first."""
-
-    queues: Queues
-
-    def another(self) -> Queues:
-        """A further object for the same queues, as another process would have; closed with the service."""
-
-    def advance(self, seconds: float) -> None:
-        """Let that much time pass for the service: its clock is moved, or waited for where it cannot be."""
+T = TypeVar("T")
 
 
-class EmbeddedService:
-    """The embedded queue in one file; all its objects share a clock that runs, and that a test moves forward."""
+class Service(ExitStack):
+    """A queue service under test. queues: the object that tests use first. url: its server's root, where it has one.
 
-    def __init__(self, path: Path, closing: ExitStack) -> None:
-        self._path = path
-        self._closing = closing
-        self._ahead_s = 0.0
+    advance: lets that many seconds pass for the service.
+    """
+
+    def __init__(self, opened: Callable[[], Queues], advance: Callable[[float], None], *, url: str = "") -> None:
+        super().__init__()
+        self.advance = advance
+        self.url = url
+        self._opened = opened
         self.queues = self.another()
 
     def another(self) -> Queues:
-        return self._closing.enter_context(SqliteQueues(self._path, clock=lambda: time.time() + self._ahead_s))
-
-    def advance(self, seconds: float) -> None:
-        self._ahead_s += seconds
+        """A further object for the same queues, as another process would have; closed with the service."""
+        return self.enter_context(self._opened())
 
 
-@contextmanager
-def embedded(directory: Path) -> Iterator[Service]:
-    with ExitStack() as closing:
-        yield EmbeddedService(directory / "queues.sqlite3", closing)
+def embedded(directory: Path) -> Service:
+    """The embedded queue in one file; all its objects share a clock that runs, and that a test moves forward."""
+    passed: list[float] = []
+    file = directory / "queues.sqlite3"
+    return Service(lambda: SqliteQueues(file, clock=lambda: time.time() + sum(passed)), passed.append)
+
+
+def until_exit(started: Callable[[Path], AbstractContextManager[T]]) -> T:
+    """What a server gives that is started with a log file, and runs until the test process ends."""
+    closing = ExitStack()
+    atexit.register(closing.close)
+    return closing.enter_context(started(Path(closing.enter_context(TemporaryDirectory())) / "server.log"))
 
 
 def skip_unless(capability: object, missing: str) -> None:

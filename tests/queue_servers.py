@@ -1,16 +1,15 @@
 """Real queue servers as processes, each from an environment of its own that `make servers` installs; else a skip."""
 
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import requests
-from support import HERE, free_port, wait_until
+from support import HERE, free_port, status, wait_until
 
 SERVERS = HERE / "tests" / "servers"
-START_S = 60.0
 
 
 @contextmanager
@@ -20,15 +19,14 @@ def zaqar(version: int, driver: str, log: Path, *, redis_port: int | None = None
     driver: mongodb, in memory, or redis, with the port of a running Redis.
     """
     words = ["zaqar_server.py", "PORT", driver, *([str(redis_port)] if redis_port else [])]
-    with _server(f"zaqar{version}", words, log, lambda url: _status(url) == requests.codes.multiple_choices) as url:
+    with _server(f"zaqar{version}", words, log, "", 300) as url:
         yield url
 
 
 @contextmanager
 def sqs(log: Path) -> Iterator[str]:
     """moto's SQS server, until the block ends: its root URL."""
-    words = ["sqs_server.py", "PORT"]
-    with _server("sqs", words, log, lambda url: _status(f"{url}/moto-api/") == requests.codes.ok) as url:
+    with _server("sqs", ["sqs_server.py", "PORT"], log, "/moto-api/", 200) as url:
         yield url
 
 
@@ -53,10 +51,11 @@ def _installed(environment: str, program: str) -> str:
 
 
 @contextmanager
-def _server(environment: str, words: list[str], log: Path, is_ready: Callable[[str], bool]) -> Iterator[str]:
+def _server(environment: str, words: list[str], log: Path, page: str, ready: int) -> Iterator[str]:
+    """ready: the status of that page once it serves."""
     with _process(_installed(environment, "bin/python"), words, log) as port:
         url = f"http://127.0.0.1:{port}"
-        wait_until(lambda: is_ready(url), START_S)
+        wait_until(lambda: status(url + page) == ready, 60)
         yield url
 
 
@@ -72,9 +71,3 @@ def _process(program: str, words: list[str], log: Path) -> Iterator[int]:
     finally:
         process.kill()
         process.wait()
-
-
-def _status(url: str) -> int:
-    with suppress(requests.RequestException):
-        return requests.get(url, timeout=2).status_code
-    return 0

@@ -1,7 +1,10 @@
 """Consumers between the embedded queue and a maker that does as a test says."""
 
-from contextlib import AbstractContextManager, closing
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import apsw
@@ -9,8 +12,25 @@ from doubles.scripted_maker import ScriptedMaker
 from support import Script, script, wait_until
 
 from claim_queues.sqlite import SqliteQueues
+from widget_consumer import Consumer
 
 REQUESTS, RESPONSES, DEAD_LETTERS = (f"itchy-octo-chainsaw-{kind}" for kind in ("request", "response", "dead-letter"))
+OPTIONS = SimpleNamespace(
+    request_queue="requests",
+    queues=["requests", "responses", "letters"],
+    create=False,
+    claim_ttl=60,
+    grace=60,
+    poll_interval=0.05,
+    claim_limit=20,
+    slots=2,
+    post_batch=1,
+    max_receives=5,
+    response_ttl=3600,
+    drain=False,
+    drain_timeout=None,
+)
+"""Of a consumer in the test's own process, for `working`."""
 
 
 class Rig:
@@ -33,7 +53,7 @@ class Rig:
     def post_text(self, text: str) -> None:
         """A body as a program stores it that does not write JSON as the others do."""
         [id_] = self.post_bodies(None)
-        self._execute("UPDATE messages SET body = ? WHERE id = ?", text.encode(), int(id_.rpartition("-")[2]))
+        execute(self.file, "UPDATE messages SET body = ? WHERE id = ?", text.encode(), int(id_.rpartition("-")[2]))
 
     def consumer(self, *options: object, **how: Any) -> AbstractContextManager[Script]:
         usual: list[object] = ["--queue-url", f"sqlite:///{self.file}", "--maker-url", self.maker.url]
@@ -52,14 +72,14 @@ class Rig:
 
         def look() -> Any:
             if hurry:
-                self._execute("UPDATE messages SET held_until = 0 WHERE claim IS NULL AND held_until > 0")
+                execute(self.file, "UPDATE messages SET held_until = 0 WHERE claim IS NULL AND held_until > 0")
             return condition()
 
         wait_until(look, 60)
 
     def end_claims(self) -> None:
         """As if the claim TTL of every claim had passed."""
-        self._execute("UPDATE messages SET held_until = 1 WHERE claim IS NOT NULL")
+        execute(self.file, "UPDATE messages SET held_until = 1 WHERE claim IS NOT NULL")
 
     def left(self) -> int:
         """Requests that are left, claimed ones included."""
@@ -86,12 +106,26 @@ class Rig:
         with closing(apsw.Connection(str(self.counts_file))) as file:
             return int(file.execute("SELECT count(*) FROM receives").get)
 
-    def _execute(self, statement: str, *values: Any) -> None:
-        with closing(apsw.Connection(str(self.file))) as file:
-            file.set_busy_timeout(10_000)
-            file.execute(statement, values)
+
+def execute(path: Path, statement: str, *values: Any) -> None:
+    """Change a queue's file as time or another process would."""
+    with closing(apsw.Connection(str(path))) as file:
+        file.set_busy_timeout(10_000)
+        file.execute(statement, values)
 
 
 def numbered(prefix: str, count: int) -> list[str]:
     """Widget ids."""
     return [f"{prefix}{number}" for number in range(count)]
+
+
+@contextmanager
+def working(consumer: Consumer) -> Iterator[Future[None]]:
+    """The consumer at work in a thread until it is stopped at the end of the block; then what it raised is raised."""
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(consumer.run)
+        try:
+            yield work
+        finally:
+            consumer.stop()
+            work.result(30)

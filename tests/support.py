@@ -110,11 +110,9 @@ class Script:
 
 
 @contextmanager
-def script(
-    name: str, *options: object, cwd: Path, env: dict[str, str] | None = None, prefix: tuple[str, ...] = ()
-) -> Iterator[Script]:
-    """Run a script until the block ends; it is killed there if it still runs."""
-    running = Script(name, *options, cwd=cwd, env=env, prefix=prefix)
+def script(name: str, *options: object, **how: Any) -> Iterator[Script]:
+    """Run a script until the block ends; it is killed there if it still runs. how: see Script."""
+    running = Script(name, *options, **how)
     try:
         yield running
     finally:
@@ -150,19 +148,23 @@ def widget_maker(cwd: Path, *options: object, port: int | None = None) -> Iterat
         yield url, maker
 
 
-def is_healthy(url: str) -> bool:
+def status(url: str) -> int:
+    """What a GET is answered now; 0: there is no answer."""
     with suppress(requests.RequestException):
-        return requests.get(f"{url}/healthz", timeout=1).status_code == requests.codes.ok
-    return False
+        return requests.get(url, timeout=2).status_code
+    return 0
+
+
+def is_healthy(url: str) -> bool:
+    return status(f"{url}/healthz") == 200
 
 
 def widgets(maker_url: str) -> list[str]:
     """The ids of all widgets, as the maker lists them."""
     found: list[str] = []
-    where: dict[str, Any] = {"limit": 100}
-    while True:
-        page = requests.get(f"{maker_url}/widgets", params=where, timeout=5).json()
+    after: str | None = ""
+    while after is not None:
+        page = requests.get(f"{maker_url}/widgets", params={"limit": 100, "after": after}, timeout=5).json()
         found += [widget["id"] for widget in page["widgets"]]
-        if page["next"] is None:
-            return found
-        where["after"] = page["next"]
+        after = page["next"]
+    return found

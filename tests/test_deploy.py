@@ -20,6 +20,10 @@ UNITS = sorted(DEPLOY.glob("*.service"))
 units = pytest.mark.parametrize("unit", UNITS, ids=[unit.stem for unit in UNITS])
 
 
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+
+
 def settings(unit: Path) -> dict[str, str]:
     return dict(re.findall(r"^(\w+)=(.*)$", unit.read_text(), re.M))
 
@@ -42,19 +46,13 @@ def test_systemd_waits_for_posts_in_flight_and_for_their_settlement() -> None:
 
 
 @units
-def test_systemd_takes_the_unit(unit: Path, tmp_path: Path) -> None:
+def test_systemd_takes_the_unit_which_may_do_little(unit: Path, tmp_path: Path) -> None:
     analyze = tool_or_skip("systemd-analyze", package="systemd")
     here = tmp_path / unit.name
     here.write_text(unit.read_text().replace("/opt/widgets/.venv/bin/", "/bin/true "))
-    done = subprocess.run([analyze, "verify", here], capture_output=True, text=True, check=False)
+    done = run(analyze, "verify", here)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-@units
-def test_the_unit_may_do_little(unit: Path) -> None:
-    analyze = tool_or_skip("systemd-analyze", package="systemd")
-    command = [analyze, "security", "--offline=true", "--threshold=15", unit]  # 1.5 of 10
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run(analyze, "security", "--offline=true", "--threshold=15", unit)  # 1.5 of 10
     assert done.returncode == 0, done.stdout[-300:]
 
 
@@ -72,9 +70,9 @@ def test_the_container_is_given_all_that_the_wheel_is_made_of(tmp_path: Path) ->
             shutil.copytree(path, tmp_path / path.name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(path, tmp_path)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "."]
-    subprocess.run([*command, "-w", tmp_path / "built"], cwd=tmp_path, check=True)
-    assert list(tmp_path.glob("built/*.whl"))
+    offline = ["--no-deps", "--no-build-isolation", "--no-index"]
+    built = run(sys.executable, "-m", "pip", "wheel", "-q", *offline, "-w", tmp_path / "built", tmp_path)
+    assert built.returncode == 0, built.stderr
     assert {path.name for path in tmp_path.glob("*.py")} == {path.name for path in HERE.glob("*.py")}
 
 
@@ -89,15 +87,11 @@ def test_the_container_runs_as_a_user_that_may_write_its_state_alone() -> None:
 def test_the_container_knows_whether_its_script_is_healthy(tmp_path: Path) -> None:
     lines = (DEPLOY / "Containerfile").read_text().replace("\\\n", "")
     (check,) = re.findall(r"^HEALTHCHECK .* CMD (\[.*\])$", lines, re.M)
-    _, *words = json.loads(check)
-
-    def health(port: int) -> int:
-        command = [sys.executable, *(word.replace("8000", str(port)) for word in words)]
-        return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode
-
-    with widget_maker(tmp_path) as (url, _):
-        assert health(int(url.rpartition(":")[2])) == 0
-    assert health(free_port()) == 1
+    port = free_port()
+    _, *words = json.loads(check.replace("8000", str(port)))
+    with widget_maker(tmp_path, port=port):
+        assert run(sys.executable, *words).returncode == 0
+    assert run(sys.executable, *words).returncode == 1
 
 
 def test_the_images_are_sent_what_they_copy_and_nothing_else() -> None:
@@ -128,8 +122,7 @@ def test_compose_brings_a_request_from_sqs_to_the_maker(tmp_path: Path) -> None:
 
 def test_prometheus_takes_the_alerts() -> None:
     promtool = tool_or_skip("promtool", package="prometheus")
-    command = [promtool, "check", "rules", DEPLOY / "prometheus-alerts.yml"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run(promtool, "check", "rules", DEPLOY / "prometheus-alerts.yml")
     assert done.returncode == 0, done.stderr
 
 
@@ -180,8 +173,7 @@ def test_a_shell_completes_options(shell: str, tmp_path: Path, monkeypatch: pyte
     if not (commands / "widget-consumer").exists():
         pytest.skip("needs the commands (pip install --editable .)")
     monkeypatch.setenv("PATH", f"{commands}:/usr/bin:/bin")
-    script = tmp_path / "script"
-    script.write_text(COMPLETE[shell])
-    done = subprocess.run([program, script], capture_output=True, text=True, check=False, cwd=tmp_path)
+    (tmp_path / "script").write_text(COMPLETE[shell])
+    done = run(program, tmp_path / "script")
     assert "--max-receives" in done.stdout, done.stderr
     assert "--slots" not in done.stdout

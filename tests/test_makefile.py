@@ -10,7 +10,6 @@ import queue_servers
 from support import HERE, tool_or_skip
 
 MAKEFILE = (HERE / "Makefile").read_text()
-SERVERS = re.findall(r"@((\S+/bin/python) tests/servers/(\w+)_server\.py (\d+).*>/dev/null)", MAKEFILE)
 
 
 def test_make_alone_prints_every_target() -> None:
@@ -20,8 +19,10 @@ def test_make_alone_prints_every_target() -> None:
     assert {line.split()[1] for line in printed.splitlines()} == set(phony.split())
 
 
-@pytest.mark.parametrize(("command", "python", "name", "port"), SERVERS, ids=[name for _, _, name, _ in SERVERS])
-def test_a_port_that_is_taken_is_said(command: str, python: str, name: str, port: str) -> None:
+@pytest.mark.parametrize("name", ["zaqar", "sqs"])
+def test_a_port_that_is_taken_is_said(name: str) -> None:
+    pattern = rf"@((\S+/bin/python) tests/servers/{name}_server\.py (\d+).*>/dev/null)"
+    ((command, python, port),) = re.findall(pattern, MAKEFILE)
     if not Path(HERE, python).exists():
         pytest.skip(f"needs {python} (make servers)")
     with socket.socket() as taken:
@@ -38,7 +39,3 @@ def test_the_local_zaqar_starts_without_a_traceback(tmp_path: Path) -> None:
     with queue_servers.zaqar(23, "mongodb", log):
         assert "Serving on" in log.read_text()
     assert "Traceback" not in log.read_text()
-
-
-def test_both_servers_are_found() -> None:
-    assert {name for _, _, name, _ in SERVERS} == {"zaqar", "sqs"}

@@ -30,20 +30,27 @@ class Watched:
     problems: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
-    def inaccessible(self) -> list[tuple[str, Any]]:
-        """What axe-core finds wrong: the rule and the elements."""
-        self.page.evaluate(AXE)
-        found = self.page.evaluate("axe.run()")
-        return [(one["id"], [node["target"] for node in one["nodes"]]) for one in found["violations"]]
-
     def assert_flawless(self) -> None:
         """No error, nothing asked for elsewhere, nothing wider than the window, nothing inaccessible."""
         origin = "/".join(self.page.url.split("/")[:3])
         assert self.problems == []
-        assert self.inaccessible() == []
+        self.page.evaluate(AXE)
+        found = self.page.evaluate("axe.run()")["violations"]
+        assert [(one["id"], [node["target"] for node in one["nodes"]]) for one in found] == []
         assert [asked for asked in self.requests if not asked.startswith(f"{origin}/")] == []
         assert self.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert "token" not in self.page.url
+
+    def reached_by_tab(self) -> set[str]:
+        """All that the tab key reaches, by id or text: each element once, with a focus that is seen."""
+        reached = []
+        for _ in range(self.page.locator("a:visible, input:visible, button:visible").count()):
+            self.page.keyboard.press("Tab")
+            focused = self.page.locator(":focus-visible")
+            assert focused.evaluate("(element) => getComputedStyle(element).outlineStyle") == "solid"
+            reached.append(focused.evaluate("(element) => element.id || element.textContent.trim()"))
+        assert len(reached) == len(set(reached))
+        return set(reached)
 
     def shoot(self, name: str) -> None:
         """See that the page is flawless in all its forms, with a screenshot of each."""
@@ -53,6 +60,9 @@ class Watched:
             self.page.emulate_media(color_scheme=scheme)
             self.page.screenshot(path=SCREENSHOTS / f"{name}-{width}-{scheme}.png", full_page=True)
             self.assert_flawless()
+
+
+Open = Callable[..., Watched]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +78,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture
-def open_page(browser: Browser) -> Iterator[Callable[..., Watched]]:
+def open_page(browser: Browser) -> Iterator[Open]:
     """Opens a page in a context of its own, made with the options given."""
     with ExitStack() as stack:
         yield partial(_open, browser, stack)

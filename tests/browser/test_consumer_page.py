@@ -1,10 +1,9 @@
 """The consumer's page in a real Chromium: at work, without work, and while the maker is gone."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from browser.conftest import Watched
+from browser.conftest import Open
 from playwright.sync_api import expect
 from support import free_port, run_script, script, wait_until, widget_maker
 
@@ -12,9 +11,7 @@ pytestmark = pytest.mark.xdist_group("browser")
 
 
 @pytest.mark.slow
-def test_the_page_tells_what_it_does_why_it_waits_and_what_failed(
-    tmp_path: Path, open_page: Callable[..., Watched]
-) -> None:
+def test_the_page_tells_what_it_does_why_it_waits_and_what_failed(tmp_path: Path, open_page: Open) -> None:
     env = {"WIDGET_QUEUE_URL": f"sqlite:///{tmp_path / 'queues'}", "WIDGET_RECEIVE_COUNTS": str(tmp_path / "counts")}
     port = free_port()
 

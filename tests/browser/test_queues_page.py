@@ -1,7 +1,7 @@
 """The page of the queues in a real Chromium, on the embedded queue and on a Zaqar of this machine."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from backend_zaqar import zaqar_mongodb
 from backends import embedded
-from browser.conftest import Watched
+from browser.conftest import Open
 from playwright.sync_api import Page, expect
 from support import Script, free_port, script, wait_until
 
@@ -20,17 +20,14 @@ pytestmark = pytest.mark.xdist_group("browser")
 REQUESTS, RESPONSES, LETTERS = (f"itchy-octo-chainsaw-{kind}" for kind in ("request", "response", "dead-letter"))
 LIVE_WITHIN_MS = 6000
 """A look every two seconds, and a page every second."""
-Open = Callable[..., Watched]
 
 
 def letter(number: int) -> dict[str, Any]:
     return {
         "version": 1,
         "request_id": f"2f5c0a7de1b3-{number}",
-        "queue": REQUESTS,
         "body": {"widget_id": f"d34dd34d-54f4-11e5-ad75-3c970e65f7{number:02}"},
         "reason": f"HTTP {500 + number}: " + "the maker says why, at some length, " * 5,
-        "status": 500 + number,
         "receive_count": 5,
         "first_received_at": "2026-01-02T03:04:05.678Z",
         "last_received_at": "2026-01-02T03:14:15.678Z",
@@ -42,13 +39,12 @@ def served(directory: Path, url: str) -> Iterator[Script]:
     """The page of these queues until the block ends."""
     port = free_port()
     with script("claim_queues", "web", "--port", port, "--queue-url", url, "--create", cwd=directory) as running:
-        wait_until(lambda: "token=" in running.err)
         yield running
 
 
 def link(running: Script) -> str:
-    """The newest: each is good for one browser."""
-    return re.findall(r"http://\S+token=\S+", running.err)[-1]
+    """The first, which is good for one browser."""
+    return wait_until(lambda: re.findall(r"http://\S+token=\S+\n", running.err))[0].strip()
 
 
 @pytest.fixture
@@ -59,44 +55,46 @@ def queues(tmp_path: Path) -> Iterator[Queues]:
         yield service.queues
 
 
+@pytest.fixture
+def running(queues: Queues, tmp_path: Path) -> Iterator[Script]:
+    with served(tmp_path, queues.address) as found:
+        yield found
+
+
 def tile(page: Page, kind: str) -> Any:
     return page.locator(f"#{kind} dd.number").first
 
 
 @pytest.mark.slow
 def test_every_page_is_flawless_at_each_width_and_colour_scheme(
-    queues: Queues, tmp_path: Path, open_page: Open
+    queues: Queues, running: Script, tmp_path: Path, open_page: Open
 ) -> None:
-    def shoot(name: str) -> None:
-        watched.shoot(f"queues-{name}")
-
-    with served(tmp_path, queues.address) as running:
-        watched = open_page(link(running))
-        page = watched.page
-        expect(page.locator("#letters")).to_contain_text("None.")
-        shoot("empty")
-        queues.post(REQUESTS, [{"widget_id": "w" * 300}] * 1500)
-        queues.post(RESPONSES, [{"widget_id": "w", "outcome": "created"}])
-        queues.post(LETTERS, [*map(letter, range(5)), "x" * 500])
-        expect(tile(page, "request")).to_have_text("1,500", timeout=LIVE_WITHIN_MS)
-        expect(page.locator("#letters > li")).to_have_count(6)
-        page.wait_for_timeout(1000)
-        shoot("data")
-        page.get_by_role("link", name="Redrive 2f5c0a7de1b3-3").click()
-        shoot("redrive-one")
-        page.get_by_role("link", name="Go back").click()
-        page.get_by_role("link", name="Delete all").click()
-        shoot("delete-all")
-        page.goto(f"{page.url.rpartition('/')[0]}/?search=nothing")
-        shoot("nothing-found")
-        Path(queues.address.removeprefix("sqlite:///")).rename(tmp_path / "elsewhere")
-        expect(page.locator("#said")).to_contain_text("cannot be read now", timeout=LIVE_WITHIN_MS)
-        shoot("outage")
+    watched = open_page(link(running))
+    page = watched.page
+    expect(page.locator("#letters")).to_contain_text("None.")
+    watched.shoot("queues-empty")
+    queues.post(REQUESTS, [{"widget_id": "w" * 300}] * 1500)
+    queues.post(RESPONSES, [{"widget_id": "w", "outcome": "created"}])
+    queues.post(LETTERS, [*map(letter, range(5)), "x" * 500])
+    expect(tile(page, "request")).to_have_text("1,500", timeout=LIVE_WITHIN_MS)
+    expect(page.locator("#letters > li")).to_have_count(6)
+    page.wait_for_timeout(1000)
+    watched.shoot("queues-data")
+    page.get_by_role("link", name="Redrive 2f5c0a7de1b3-3").click()
+    watched.shoot("queues-redrive-one")
+    page.get_by_role("link", name="Go back").click()
+    page.get_by_role("link", name="Delete all").click()
+    watched.shoot("queues-delete-all")
+    page.goto(f"{page.url.rpartition('/')[0]}/?search=nothing")
+    watched.shoot("queues-nothing-found")
+    Path(queues.address.removeprefix("sqlite:///")).rename(tmp_path / "elsewhere")
+    expect(page.locator("#said")).to_contain_text("cannot be read now", timeout=LIVE_WITHIN_MS)
+    watched.shoot("queues-outage")
 
 
 @pytest.mark.parametrize("service", [embedded, zaqar_mongodb], ids=["embedded", "zaqar"])
 @pytest.mark.parametrize("has_javascript", [True, False], ids=["", "without-javascript"])
-def test_one_dead_letter_is_redriven_and_then_all(
+def test_one_dead_letter_is_redriven_one_deleted_and_then_all_are_redriven(
     service: Any, has_javascript: bool, tmp_path: Path, open_page: Open
 ) -> None:
     with service(tmp_path) as found:
@@ -104,118 +102,85 @@ def test_one_dead_letter_is_redriven_and_then_all(
         for name in (REQUESTS, RESPONSES, LETTERS):
             queues.create(name)
             queues.purge(name)
-        queues.post(LETTERS, [letter(number) for number in range(4)])
+        queues.post(LETTERS, [letter(number) for number in range(5)])
         url = queues.address if service is embedded else f"zaqar://?endpoint={found.url}&project=contract"
         with served(tmp_path, url) as running:
             page = open_page(link(running), java_script_enabled=has_javascript).page
-            page.get_by_role("link", name="Redrive 2f5c0a7de1b3-2").click()
-            expect(page.get_by_role("heading", level=1)).to_have_text("Redrive this dead letter?")
-            page.get_by_role("button", name="Redrive").click()
-            expect(page.locator("#said")).to_contain_text("Request 2f5c0a7de1b3-2 is queued as", timeout=10_000)
-            expect(page.locator("#letters > li")).to_have_count(3)
+
+            def confirm(name: str, shown: str, said: str) -> None:
+                page.get_by_role("link", name=name).click()
+                expect(page.get_by_role("main")).to_contain_text(shown)
+                page.get_by_role("button", name=name.partition(" ")[0]).click()
+                expect(page.locator("#said")).to_contain_text(said, timeout=10_000)
+
+            confirm("Redrive 2f5c0a7de1b3-2", "Redrive this dead letter?", "Request 2f5c0a7de1b3-2 is queued as")
+            expect(page.locator("#letters > li")).to_have_count(4)
             expect(tile(page, "request")).to_have_text("1")
-            assert [message.body for message in queues.browse(REQUESTS)[0]] == [letter(2)["body"]]
-            page.get_by_role("link", name="Redrive all").click()
-            expect(page.get_by_role("main")).to_contain_text("There are 3 in")
-            page.get_by_role("button", name="Redrive").click()
-            expect(page.locator("#said")).to_contain_text("Redriven: 3.", timeout=10_000)
+            confirm("Delete 2f5c0a7de1b3-4", "Delete this dead letter?", "Deleted.")
+            confirm("Redrive all", "There are 3 in", "Redriven: 3.")
             expect(page.locator("#letters")).to_contain_text("None.")
             bodies = [message.body for message in queues.browse(REQUESTS)[0]]
+            assert bodies[0] == letter(2)["body"]
             assert sorted(bodies, key=str) == [letter(number)["body"] for number in range(4)]
             assert queues.stats(LETTERS).total == 0
 
 
-def test_one_dead_letter_is_deleted_and_then_all(queues: Queues, tmp_path: Path, open_page: Open) -> None:
-    queues.post(LETTERS, [letter(number) for number in range(4)])
-    with served(tmp_path, queues.address) as running:
-        watched = open_page(link(running))
-        page = watched.page
-        for name, left in (("Delete 2f5c0a7de1b3-1", 3), ("Delete all", 0)):
-            page.get_by_role("link", name=name).click()
-            page.get_by_role("button", name="Delete").click()
-            expect(page.locator("#said")).to_contain_text("Deleted")
-            assert queues.stats(LETTERS).total == left
-        watched.assert_flawless()
-    assert queues.stats(REQUESTS).total == 0
-
-
 def test_the_page_follows_the_queues_and_holds_still_where_one_types_or_points(
-    queues: Queues, tmp_path: Path, open_page: Open
+    queues: Queues, running: Script, open_page: Open
 ) -> None:
     queues.post(LETTERS, [letter(1)])
-    with served(tmp_path, queues.address) as running:
-        page = open_page(link(running)).page
-        page.evaluate("window.isTheSame = true")
-        search = page.get_by_role("searchbox", name="Dead letters")
-        search.press_sequentially("HTTP")
-        where = search.bounding_box()
-        queues.post(REQUESTS, [{"widget_id": "a"}])
-        queues.post(LETTERS, [letter(2)])
-        expect(tile(page, "request")).to_have_text("1", timeout=LIVE_WITHIN_MS)
-        expect(page.locator("#newest-request li")).to_contain_text('"widget_id": "a"')
-        expect(page.locator("#letters > li")).to_have_count(2)
-        expect(search).to_be_focused()
-        assert search.bounding_box() == where
-        page.get_by_role("link", name="Redrive 2f5c0a7de1b3-2").hover()
-        queues.purge(LETTERS)
-        expect(tile(page, "dead-letter")).to_have_text("0", timeout=LIVE_WITHIN_MS)
-        page.wait_for_timeout(1500)
-        expect(page.locator("#letters > li")).to_have_count(2)
-        page.mouse.move(0, 0)
-        expect(page.locator("#letters")).to_contain_text("None.")
-        assert page.evaluate("window.isTheSame")
-        search.press_sequentially(" 502")
-        page.keyboard.press("Enter")
-        expect(page.locator("#letters")).to_contain_text("None holds these words.")
-        expect(search).to_have_value("HTTP 502")
+    page = open_page(link(running)).page
+    page.evaluate("window.isTheSame = true")
+    search = page.get_by_role("searchbox", name="Dead letters")
+    search.press_sequentially("HTTP")
+    where = search.bounding_box()
+    queues.post(REQUESTS, [{"widget_id": "a"}])
+    queues.post(LETTERS, [letter(2)])
+    expect(tile(page, "request")).to_have_text("1", timeout=LIVE_WITHIN_MS)
+    expect(page.locator("#newest-request li")).to_contain_text('"widget_id": "a"')
+    expect(page.locator("#letters > li")).to_have_count(2)
+    expect(search).to_be_focused()
+    assert search.bounding_box() == where
+    page.get_by_role("link", name="Redrive 2f5c0a7de1b3-2").hover()
+    queues.purge(LETTERS)
+    expect(tile(page, "dead-letter")).to_have_text("0", timeout=LIVE_WITHIN_MS)
+    page.wait_for_timeout(1500)
+    expect(page.locator("#letters > li")).to_have_count(2)
+    page.mouse.move(0, 0)
+    expect(page.locator("#letters")).to_contain_text("None.")
+    assert page.evaluate("window.isTheSame")
+    search.press_sequentially(" 502")
+    page.keyboard.press("Enter")
+    expect(page.locator("#letters")).to_contain_text("None holds these words.")
+    expect(search).to_have_value("HTTP 502")
 
 
 def test_everything_is_reached_by_the_tab_key_and_the_focus_is_seen(
-    queues: Queues, tmp_path: Path, open_page: Open
+    queues: Queues, running: Script, open_page: Open
 ) -> None:
     queues.post(LETTERS, [letter(1)])
-    with served(tmp_path, queues.address) as running:
-        page = open_page(link(running)).page
-        reached = []
-        for _ in range(page.locator("a:visible, input:visible, button:visible").count()):
-            page.keyboard.press("Tab")
-            focused = page.locator(":focus-visible")
-            assert focused.evaluate("(element) => getComputedStyle(element).outlineStyle") == "solid"
-            reached.append(focused.evaluate("(element) => element.id || element.textContent.trim()"))
-        assert {"search", "pause", "Redrive all", "Delete all", "Redrive 2f5c0a7de1b3-1"} <= set(reached)
-        assert len(reached) == len(set(reached))
+    reached = open_page(link(running)).reached_by_tab()
+    assert {"search", "pause", "Redrive all", "Delete all", "Redrive 2f5c0a7de1b3-1"} <= reached
 
 
-def test_a_browser_that_did_not_come_by_the_link_sees_nothing(queues: Queues, tmp_path: Path, open_page: Open) -> None:
+def test_a_page_from_another_port_which_is_sent_the_cookie_too_deletes_nothing(
+    queues: Queues, running: Script, open_page: Open
+) -> None:
     queues.post(LETTERS, [letter(1)])
-    with served(tmp_path, queues.address) as running:
-        opened = link(running)
-        assert "2f5c0a7de1b3-1" in open_page(opened).page.inner_text("main")
-        for url in (opened, opened.partition("?")[0]):
-            text = open_page(url).page.inner_text("main")
-            assert "the link that the terminal shows" in text
-            assert "2f5c0a7de1b3-1" not in text
-
-
-@pytest.mark.parametrize("origin", ["http://evil.example", "http://127.0.0.1:1"], ids=["site", "port"])
-def test_a_page_from_elsewhere_deletes_nothing(queues: Queues, tmp_path: Path, open_page: Open, origin: str) -> None:
-    """Cookies are sent to all ports of a host, so the other port's form arrives with ours."""
-    queues.post(LETTERS, [letter(1)])
-    with served(tmp_path, queues.address) as running:
-        page = open_page(link(running)).page
-        page.get_by_role("link", name="Delete all").click()
-        token = page.locator("input[name=form_token]").get_attribute("value") if "127" in origin else "guessed"
-        fields = f'<input name="most" value="1"><input name="form_token" value="{token}">'
-        form = f'<form method="post" action="{page.url}">{fields}<button>Win</button></form>'
-        page.route(f"{origin}/", lambda route: route.fulfill(body=form, content_type="text/html"))
-        page.goto(f"{origin}/")
-        page.get_by_role("button", name="Win").click()
-        expect(page.get_by_role("heading", level=1)).to_have_text("Forbidden")
+    page = open_page(link(running)).page
+    page.get_by_role("link", name="Delete all").click()
+    token = page.locator("input[name=form_token]").get_attribute("value")
+    fields = f'<input name="most" value="1"><input name="form_token" value="{token}">'
+    form = f'<form method="post" action="{page.url}">{fields}<button>Win</button></form>'
+    page.route("http://127.0.0.1:1/", lambda route: route.fulfill(body=form, content_type="text/html"))
+    page.goto("http://127.0.0.1:1/")
+    page.get_by_role("button", name="Win").click()
+    expect(page.get_by_role("main")).to_contain_text("Not sent by a form of these pages")
     assert queues.stats(LETTERS).total == 1
 
 
-def test_the_page_says_that_its_server_is_gone(queues: Queues, tmp_path: Path, open_page: Open) -> None:
-    with served(tmp_path, queues.address) as running:
-        page = open_page(link(running)).page
-        expect(page.locator("#state")).to_have_text("Live")
+def test_the_page_says_that_its_server_is_gone(running: Script, open_page: Open) -> None:
+    page = open_page(link(running)).page
+    expect(page.locator("#state")).to_have_text("Live")
+    running.kill()
     expect(page.locator("#state")).to_have_text("No answer: trying again; see the terminal", timeout=LIVE_WITHIN_MS)

@@ -6,18 +6,13 @@ from backends import bodies, skip_unless
 from claim_queues import ConfigError
 
 
-@pytest.fixture
-def browser(rival, limits):
-    """Another process, which browses."""
-    skip_unless(limits.can_browse, "cannot look without claiming")
-    return rival
-
-
-def test_browsing_is_refused_where_the_service_cannot(queues, queue, limits):
+def test_browsing_and_deleting_are_refused_where_the_service_cannot_browse(queues, queue, limits):
     skip_unless(not limits.can_browse, "can look without claiming")
 
     with pytest.raises(ConfigError):
         queues.browse(queue)
+    with pytest.raises(ConfigError):
+        queues.delete(queue, queues.post(queue, ["kept"]))
 
 
 def test_browsing_shows_messages_in_order_with_their_age_and_changes_nothing(
@@ -64,11 +59,3 @@ def test_claimed_released_and_lapsed_messages_are_shown_at_their_place(service, 
     assert bodies(browser.browse(queue, limit=3)[0]) == [1, 2, 3]
     service.advance(61)
     assert bodies(browser.browse(queue)[0]) == [1, 2, 3, 4]
-
-
-def test_delayed_messages_are_shown(browser, queues, queue, limits, claim):
-    skip_unless(limits.release_delay, "cannot delay a release")
-    queues.post(queue, ["delayed", "free"])
-    queues.release(claim(queues), delay=10)
-
-    assert bodies(browser.browse(queue)[0]) == ["delayed", "free"]

@@ -40,33 +40,14 @@ def test_free_claimed_released_settled_deleted_and_purged_messages_are_told_apar
     assert counts() == (0, 0, 0, 0)
 
 
-def test_messages_whose_claim_lapsed_count_as_free(service, queues, queue, claim, counts):
-    queues.post(queue, [1, 2])
+def test_lapsed_messages_count_as_free_and_expired_ones_not_at_all(service, queues, queue, claim, counts):
+    queues.post(queue, [1, 2], ttl=1_209_600)
     claim(queues)
-
-    service.advance(61)
-
-    assert counts() == (2, 0, 0, 2)
-
-
-def test_messages_released_with_a_delay_count_as_delayed_until_it_ends(service, queues, queue, limits, claim, counts):
-    skip_unless(limits.release_delay, "cannot delay a release")
-    queues.post(queue, [1, 2])
-    queues.release(claim(queues), delay=10)
-
-    assert counts() == (1, 0, 1, 2)
-    service.advance(11)
-    assert counts() == (2, 0, 0, 2)
-
-
-def test_expired_messages_are_not_counted(service, queues, queue, limits, counts):
-    skip_unless(limits.has_message_ttl, "gives all messages of a queue one TTL")
     queues.post(queue, ["short-lived"], ttl=60)
-    queues.post(queue, ["long-lived"], ttl=1_209_600)
 
     service.advance(61)
 
-    assert counts() == (1, 0, 0, 1)
+    assert counts() == (2, 0, 0, 2)
 
 
 @pytest.mark.usefixtures("counts")

@@ -39,38 +39,20 @@ def test_a_claim_is_renewed_for_the_messages_that_it_still_holds(service, queues
     assert queues.settle(held, [Settlement(still_open)]).deleted == {still_open.id}
 
 
-def test_a_lapsed_claim_cannot_be_renewed(service, queues, queue, claim):
-    queues.post(queue, ["lapsed"])
-    lapsed = claim(queues)
-
-    service.advance(61)
-
-    with pytest.raises(ClaimLost):
-        queues.renew(lapsed)
-    assert claim(queues)
-
-
-def test_a_released_claim_cannot_be_renewed(queues, queue, claim):
-    queues.post(queue, ["given back"])
-    released = claim(queues)
-    queues.release(released)
-
-    with pytest.raises(ClaimLost):
-        queues.renew(released)
-    assert claim(queues)
-
-
-def test_a_lapsed_claim_cannot_renew_what_another_holds(service, queues, rival, queue, claim):
-    queues.post(queue, ["taken over"])
-    lapsed = queues.claim(queue, ttl=120, grace=60, limit=1)
+def test_a_lapsed_claim_cannot_be_renewed_whoever_has_its_message(service, queues, rival, queue, claim):
+    queues.post(queue, ["taken over", "free again"])
+    first, second = (queues.claim(queue, ttl=120, grace=60, limit=1) for _ in range(2))
     service.advance(121)
-    claim(rival)
 
     with pytest.raises(ClaimLost):
-        queues.renew(lapsed)
+        queues.renew(second)
+    assert bodies(claim(rival)) == ["taken over"]
+    with pytest.raises(ClaimLost):
+        queues.renew(first)
 
+    assert bodies(claim(queues, 2)) == ["free again"]
     service.advance(61)
-    assert claim(queues)
+    assert bodies(claim(queues, 2)) == ["taken over", "free again"]
 
 
 def test_a_message_that_would_expire_in_a_renewed_claim_lives_on_until_the_grace_after_it(

@@ -29,22 +29,15 @@ def is_waiting(looking):
     return not wait([looking], timeout=0.2).done
 
 
-def test_a_post_by_another_process_ends_a_wait(rival, queue, look, background):
-    looking = background.submit(look, LONG_S)
-    assert is_waiting(looking)
-
-    rival.post(queue, ["new"])
-
-    assert looking.result(SOON_S) == ["new"]
-
-
-def test_other_threads_use_the_object_while_one_waits(queues, queue, other_queue, look, background):
+def test_a_post_by_another_process_ends_a_wait_in_which_other_threads_use_the_object(
+    queues, rival, queue, other_queue, look, background
+):
     looking = background.submit(look, LONG_S)
     assert is_waiting(looking)
 
     queues.post(other_queue, ["elsewhere"])
     assert is_waiting(looking)
-    queues.post(queue, ["new"])
+    rival.post(queue, ["new"])
 
     assert looking.result(SOON_S) == ["new"]
 
@@ -71,7 +64,9 @@ def test_a_wait_that_nothing_ends_takes_its_time_and_finds_nothing(look):
     assert 0.9 <= time.monotonic() - started < SOON_S
 
 
-def test_stop_waiting_ends_this_wait_and_every_later_one_and_nothing_else(queues, queue, look, background):
+def test_stop_waiting_ends_this_wait_and_every_later_one_and_nothing_else(
+    queues, rival, queue, look, claim, background
+):
     looking = background.submit(look, LONG_S)
     assert is_waiting(looking)
 
@@ -80,16 +75,10 @@ def test_stop_waiting_ends_this_wait_and_every_later_one_and_nothing_else(queues
     assert looking.result(SOON_S) == []
     started = time.monotonic()
     assert look(LONG_S) == []
-    queues.post(queue, ["there"])
-    assert look(LONG_S) == ["there"]
     assert time.monotonic() - started < SOON_S
-
-
-def test_stop_waiting_leaves_other_objects_waiting(queues, rival, claim, background):
-    queues.stop_waiting()
-
     looking = background.submit(claim, rival, wait=LONG_S)
-
     assert is_waiting(looking)
     rival.stop_waiting()
     assert looking.result(SOON_S) is None
+    queues.post(queue, ["there"])
+    assert look(LONG_S) == ["there"]

@@ -4,6 +4,7 @@ with FaultProxy("http://127.0.0.1:8888") as proxy:
     proxy.url                                                  # what the service under test is given
     proxy.fail("POST /v2/queues/q/claims", Reply(503), times=2)
     proxy.fail("DELETE", proxy.lose)                           # done, but the answer is lost
+    proxy.fail("SendMessageBatch", LOST)                       # an operation of SQS; not done
     proxy.requests, proxy.connections                          # what came over the wire
 """
 
@@ -34,6 +35,10 @@ class Request:
     @property
     def json(self) -> Any:
         return json.loads(self.body)
+
+    def asks_for(self, part: str) -> bool:
+        """Whether its method and path, or SQS's operation, hold that part."""
+        return part in f"{self.method} {self.path} {self.headers.get('X-Amz-Target')}"
 
 
 @dataclass(frozen=True)
@@ -98,21 +103,19 @@ class FaultProxy(HttpDouble):
         return LOST
 
     def fail(self, part: str, answer: Reply | Answer, *, times: int = 10**6) -> None:
-        """Answer so often the requests whose method and path hold `part` in this way; serve all others."""
+        """Answer so often the requests that ask for `part` in this way; serve all others."""
         left = iter(range(times))
 
         def decide(request: Request) -> Reply:
-            if part not in f"{request.method} {request.path}" or next(left, None) is None:
+            if not request.asks_for(part) or next(left, None) is None:
                 return self.serve(request)
             return answer if isinstance(answer, Reply) else answer(request)
 
         self.answer = decide
 
-    def asked(self) -> list[str]:
-        """The requests since the last time: method, and path below the queue without its query."""
-        paths = [(each.method, each.path.partition("?")[0].split("/")[4:]) for each in self.requests]
-        self.requests.clear()
-        return [f"{method} {'/'.join(path)}" for method, path in paths]
+    def asked(self, part: str) -> list[Any]:
+        """The JSON bodies of the requests so far that asked for `part`."""
+        return [request.json for request in self.requests if request.asks_for(part)]
 
 
 class _Server(ThreadingHTTPServer):

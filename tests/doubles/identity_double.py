@@ -1,13 +1,13 @@
 """A double of Rackspace's identity service, v2.0, on a loopback port.
 
 with IdentityDouble("http://127.0.0.1:8888/v1") as identity:
-    identity.v2                                   # for `identity=` of a queue URL
+    identity.queue_url                            # of queues whose user signs in here
     identity.answer = lambda request: Reply(429)  # instead of a token; identity.sign_in is its own answer
     identity.tokens, identity.requests            # what it gave and accepts, what it was asked
 """
 
-import itertools
 import ssl
+import uuid
 
 from .http_double import HttpDouble, Reply, Request
 from .keyring_double import KEY, USER
@@ -18,21 +18,19 @@ REGION = "DFW"
 class IdentityDouble(HttpDouble):
     """Gives a new token for each right user name and API key, with a catalog that has Cloud Queues at `queues_url`."""
 
-    def __init__(self, queues_url: str, *, key: str = KEY, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, queues_url: str, *, tls: ssl.SSLContext | None = None) -> None:
         super().__init__(self.sign_in, tls=tls)
-        self.v2 = f"{self.url}/v2.0"
+        self.queue_url = f"rackspace://{USER}@{REGION}?identity={self.url}/v2.0"
         self.queues_url = queues_url
-        self.key = key
         self.tokens: list[str] = []
-        self._numbers = itertools.count(1)
 
     def sign_in(self, request: Request) -> Reply:
         """What the real service answers to a sign-in with an API key."""
         if (request.method, request.path) != ("POST", "/v2.0/tokens"):
             return Reply(404, {"itemNotFound": {"code": 404, "message": "Resource not found."}})
-        if request.json != {"auth": {"RAX-KSKEY:apiKeyCredentials": {"username": USER, "apiKey": self.key}}}:
+        if request.json != {"auth": {"RAX-KSKEY:apiKeyCredentials": {"username": USER, "apiKey": KEY}}}:
             return Reply(401, {"unauthorized": {"code": 401, "message": "Unable to authenticate user."}})
-        self.tokens.append(f"canary-token-{next(self._numbers)}")
+        self.tokens.append(f"canary-token-{uuid.uuid4().hex}")
         return Reply(200, {"access": self._access(self.tokens[-1])})
 
     def admits(self, request: Request) -> bool:

@@ -13,18 +13,16 @@ KEY = "canary-5f0c7d1e9ab24c68"
 """What keyring holds for USER; a test finds it wherever it leaks to."""
 
 
-class _Double(KeyringBackend):
-    priority = -2  # keyring never finds it by itself
-
-    def set_password(self, service: str, username: str, password: str) -> None:
-        raise PasswordSetError("this keyring holds what it holds")
-
-
-class Keyring(_Double):
+class Keyring(KeyringBackend):
     """Holds one secret, and keeps it to itself."""
+
+    priority = -2  # keyring never finds it by itself
 
     def get_password(self, service: str, username: str) -> str | None:
         return KEY if (service, username) == ("pyrax", USER) else None
+
+    def set_password(self, service: str, username: str, password: str) -> None:
+        raise PasswordSetError("this keyring holds what it holds")
 
 
 class PlainText(Keyring):
@@ -39,23 +37,22 @@ PlainText.__module__ = Encrypted.__module__ = "keyrings.alt.file"
 Encrypted.__name__ = "EncryptedKeyring"
 
 
-class Broken(_Double):
+class Broken(Keyring):
     """A backend whose own service is away."""
 
     def get_password(self, service: str, username: str) -> str | None:
         raise RuntimeError("no D-Bus here")
 
 
-def chained(*backends: KeyringBackend) -> ChainerBackend:
+class Chain(ChainerBackend):
     """The backend that asks all of these, as keyring makes one where it finds several."""
 
-    class Chainer(ChainerBackend):
-        priority = -2
-        backends = ()
+    priority = -2
+    backends = ()
 
-    chainer = Chainer()
-    chainer.backends = backends
-    return chainer
+    def __init__(self, *backends: KeyringBackend) -> None:
+        super().__init__()
+        self.backends = backends
 
 
 @contextmanager

@@ -7,8 +7,8 @@ with KeystoneDouble("http://127.0.0.1:8888", project="widgets") as keystone:
 """
 
 import dataclasses
-import itertools
 import json
+import uuid
 from pathlib import Path
 
 from .http_double import HttpDouble, Reply, Request
@@ -29,7 +29,6 @@ class KeystoneDouble(HttpDouble):
         self.project = project
         self.tokens: list[str] = []
         self.refuse: Reply | None = None
-        self._numbers = itertools.count(1)
 
     def sign_in(self, request: Request) -> Reply:
         """What the real service answers to a sign-in with an application credential."""
@@ -40,7 +39,7 @@ class KeystoneDouble(HttpDouble):
             return self.refuse
         if request.json["auth"]["identity"]["application_credential"]["secret"] != SECRET:
             return Reply(401, {"error": {"code": 401, "message": "no", "title": "Unauthorized"}})
-        self.tokens.append(f"{SECRET}-token-{next(self._numbers)}")
+        self.tokens.append(f"{SECRET}-token-{uuid.uuid4().hex}")
         return Reply(201, {"token": self._token()}, {"X-Subject-Token": self.tokens[-1]})
 
     def admitted(self, request: Request) -> Request | None:

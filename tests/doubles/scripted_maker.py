@@ -14,7 +14,6 @@ Left alone it makes whatever it is asked for. A batch is answered item by item, 
 
 import json
 import socket
-import ssl
 import threading
 import time
 from collections import Counter
@@ -35,7 +34,6 @@ class Post:
     headers: Mapping[str, str]
     body: bytes
     connection: int
-    method: str = "POST"
     at: float = 0.0
 
     @property
@@ -55,11 +53,6 @@ class Post:
     @property
     def is_batch(self) -> bool:
         return self.path.partition("?")[0].endswith("/batch")
-
-    def items(self) -> Iterator[tuple[str, "Post"]]:
-        """The requests of a batch, each as if it had come alone, by message id."""
-        for item in self.json:
-            yield item["message_id"], replace(self, path="/widgets", body=json.dumps(item["request"]).encode())
 
 
 @dataclass(frozen=True)
@@ -90,25 +83,25 @@ class ScriptedMaker:
     """An HTTP/1.1 server with kept-alive connections on a loopback port, a thread for each connection.
 
     answer: asked for each POST, in the connection's thread: it may block, or look at `posts`. says_maker: whether
-    answers carry the header Widget-Maker. takes_batches: whether it knows the page /widgets/batch. health: the answer
-    to GET /healthz. posts: every POST. gets: every other request. made: how often each widget id was answered with
-    `make`. What `answer` raises is raised again when the block ends.
+    answers carry the header Widget-Maker. takes_batches: whether it knows the page /widgets/batch. batch: the answer to
+    that page, instead of one item by item. gets: every GET. made: how often each widget id was answered with `make`.
+    What `answer` raises is raised again when the block ends.
     """
 
-    def __init__(self, *, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, *, port: int = 0) -> None:
         self.answer: Callable[[Post], Answer] = self.make
         self.health: Answer = Reply(200, {"status": "ok"})
         self.says_maker = True
         self.takes_batches = True
+        self.batch: Answer | None = None
         self.posts: list[Post] = []
         self.gets: list[Post] = []
         self.made: Counter[str] = Counter()
         self.connections = 0
         self.errors: list[BaseException] = []
-        self.tls = tls
+        self.port = port
         self._released = threading.Event()
         self._lock = threading.Lock()
-        self._port = port
         self._server: _Server | None = None
 
     def make(self, post: Post) -> Reply:
@@ -144,7 +137,7 @@ class ScriptedMaker:
 
     def __enter__(self) -> Self:
         self._start()
-        self.url = f"{'https' if self.tls else 'http'}://127.0.0.1:{self._port}/widgets"
+        self.url = f"http://127.0.0.1:{self.port}/widgets"
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -153,13 +146,9 @@ class ScriptedMaker:
         if self.errors and kind is None:
             raise self.errors[0]
 
-    @property
-    def port(self) -> int:
-        return self._port
-
     def _start(self) -> None:
-        self._server = server = _Server(self, self._port)
-        self._port = server.server_address[1]
+        self._server = server = _Server(self, self.port)
+        self.port = server.server_address[1]
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def _stop(self) -> None:
@@ -185,9 +174,6 @@ class _Server(ThreadingHTTPServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, address = super().get_request()
-        if self.maker.tls:
-            connection.settimeout(10)
-            connection = self.maker.tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         self.maker.connections += 1
         self._open.add(connection)
         return connection, (*address, self.maker.connections)
@@ -225,26 +211,28 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.maker.gets.append(self._post())
         self._send(self.server.maker.health if self.path == "/healthz" else 404)
 
-    do_PUT = do_PATCH = do_DELETE = do_HEAD = do_GET  # noqa: N815
-
     def log_message(self, *args: Any) -> None:
         """Nothing: the test looks at `posts`."""
 
     def _post(self) -> Post:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        return Post(self.path, self.headers, body, self.client_address[-1], self.command, time.monotonic())
+        return Post(self.path, self.headers, body, self.client_address[-1], time.monotonic())
 
     def _batch(self, post: Post) -> Answer:
-        if not self.server.maker.takes_batches:
+        maker = self.server.maker
+        if not maker.takes_batches:
             return Reply(404)
+        if maker.batch is not None:
+            return maker.batch
         answers = []
-        for message_id, item in post.items():
-            answer = self.server.maker.answer(item)
+        for item in post.json:
+            alone = replace(post, path="/widgets", body=json.dumps(item["request"]).encode())
+            answer = maker.answer(alone)
             if answer is Silence.CUT:
                 return answer
             if answer is not Silence.LEFT_OUT:
                 reply = _reply(answer)
-                answers.append({"message_id": message_id, "status": reply.status, "body": reply.body or {}})
+                answers.append({"message_id": item["message_id"], "status": reply.status, "body": reply.body or {}})
         return Reply(200, {"answers": answers})
 
     def _send(self, answer: Answer) -> None:

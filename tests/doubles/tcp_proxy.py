@@ -1,4 +1,4 @@
-"""A TCP proxy that knows nothing of HTTP: it delays, trickles, forgets and cuts what passes, at any byte.
+"""A TCP proxy that knows nothing of HTTP: it trickles, forgets and cuts what passes, at any byte.
 
 with TcpProxy("127.0.0.1", 5000, lambda number: Fault(answer_bytes=17, end="reset")) as proxy:
     proxy.port                                     # connect here; number counts the connections from 1
@@ -7,6 +7,7 @@ with TcpProxy("127.0.0.1", 5000, lambda number: Fault(answer_bytes=17, end="rese
 import selectors
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,18 +25,14 @@ class Fault:
 
     request_bytes, answer_bytes: how many may pass before it ends; None: all. rest_s: what comes from the client after
     such a rest ends it, as at a firewall that forgets connections. end: "close", "reset", or "hang" (silence until the
-    client goes or the proxy ends). latency_s: before what comes is passed on. piece: bytes passed at once, `every_s`
-    seconds apart; 0: as they come. answers_alone: these three concern what the server sends.
+    proxy ends). trickle_s: seconds between two bytes of the answer; 0: as they come.
     """
 
     request_bytes: int | None = None
     answer_bytes: int | None = None
     rest_s: float | None = None
     end: str = "close"
-    latency_s: float = 0.0
-    piece: int = 0
-    every_s: float = 0.0
-    answers_alone: bool = False
+    trickle_s: float = 0.0
 
 
 NO_FAULT = Fault()
@@ -67,31 +64,29 @@ class TcpProxy:
             thread.join()
 
     def _accept(self) -> None:
-        number = 0
-        while True:
-            try:
+        with suppress(OSError):  # it was shut down
+            while True:
                 client, _ = self._listener.accept()
-            except OSError:
-                return
-            number += 1
-            thread = threading.Thread(target=self._serve, args=(client, self._fault(number)))
-            self._threads.append(thread)
-            thread.start()
+                fault = self._fault(len(self._threads) + 1)
+                self._threads.append(threading.Thread(target=self._serve, args=(client, fault)))
+                self._threads[-1].start()
 
     def _serve(self, client: socket.socket, fault: Fault) -> None:
-        with ExitStack() as stack, suppress(OSError):
-            stack.enter_context(client)
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with client, ExitStack() as stack, suppress(OSError):
             server = stack.enter_context(socket.create_connection(self._target))
-            server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._pass(client, server, fault):
-                self._end(client, server, fault)
+            for side in (client, server):
+                side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if not self._pass(client, server, fault):
+                return
+            if fault.end == "hang":
+                self._ended.wait()
+            elif fault.end == "reset":
+                for side in (client, server):
+                    side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
     def _pass(self, client: socket.socket, server: socket.socket, fault: Fault) -> bool:
         """Pass bytes both ways; whether it was the fault that ended it."""
-        left = {client: fault.request_bytes, server: fault.answer_bytes}
-        if 0 in left.values():
-            return True
+        left = {client: fault.request_bytes or sys.maxsize, server: fault.answer_bytes or sys.maxsize}
         passed_at = time.monotonic()
         with selectors.DefaultSelector() as selector:
             selector.register(client, selectors.EVENT_READ, server)
@@ -100,38 +95,20 @@ class TcpProxy:
                 for key, _ in selector.select(0.05):
                     source, sink = key.fileobj, key.data
                     assert isinstance(source, socket.socket)
-                    data = source.recv(65_536)
-                    if not data:
-                        return False
-                    if source is client and fault.rest_s and time.monotonic() - passed_at > fault.rest_s:
-                        return True
+                    data = source.recv(65_536)[: left[source]]
+                    has_rested = fault.rest_s and time.monotonic() - passed_at > fault.rest_s
+                    if not data or (source is client and has_rested):
+                        return bool(data)
                     passed_at = time.monotonic()
-                    allowed = left[source]
-                    part = data if allowed is None else data[:allowed]
-                    self._send(sink, part, NO_FAULT if fault.answers_alone and source is client else fault)
-                    if allowed is not None:
-                        left[source] = allowed - len(part)
-                        if left[source] == 0:
-                            return True
+                    self._send(sink, data, fault.trickle_s if source is server else 0)
+                    left[source] -= len(data)
+                    if left[source] == 0:
+                        return True
         return False
 
-    def _send(self, sink: socket.socket, data: bytes, fault: Fault) -> None:
-        self._ended.wait(fault.latency_s)
-        size = fault.piece or len(data)
+    def _send(self, sink: socket.socket, data: bytes, trickle_s: float) -> None:
+        size = 1 if trickle_s else len(data)
         for start in range(0, len(data), size):
             sink.sendall(data[start : start + size])
-            if fault.every_s and self._ended.wait(fault.every_s):
+            if self._ended.wait(trickle_s):
                 return
-
-    def _end(self, client: socket.socket, server: socket.socket, fault: Fault) -> None:
-        if fault.end == "hang":
-            client.settimeout(0.05)
-            while not self._ended.is_set():
-                try:
-                    if not client.recv(65_536):
-                        return
-                except TimeoutError:
-                    continue
-        elif fault.end == "reset":
-            for side in (client, server):
-                side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)

@@ -1,10 +1,11 @@
 """The consumer as a process: a request's whole way, signals, crashes, batches, --check."""
 
-import json
+import re
 import signal
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,16 +34,7 @@ def test_a_request_is_posted_with_its_message_answered_deleted_and_forgotten(rig
     assert post.headers["X-Message-Receive-Count"] == "1"
     assert post.headers["X-Message-Queue"] == "itchy-octo-chainsaw-request"
     assert int(post.headers["X-Message-Age"]) < 60
-    assert response.pop("response_id")
-    assert response == {
-        "version": 1,
-        "request_id": message_id,
-        "widget_id": "a",
-        "outcome": "created",
-        "reason": "",
-        "status": 201,
-        "receive_count": 1,
-    }
+    assert (response["request_id"], response["widget_id"], response["outcome"]) == (message_id, "a", "created")
     assert rig.counted() == 0
     assert [event["outcome"] for event in consumer.events("created")] == ["created"]
     assert (consumer.out, "Traceback" in consumer.err) == ("", False)
@@ -55,55 +47,12 @@ def test_what_always_fails_is_a_dead_letter_after_max_receives_while_others_pass
     rig.drain("--max-receives", 3)
 
     [letter] = rig.letters()
-    first, last = letter.pop("first_received_at"), letter.pop("last_received_at")
-    assert first[:20] < last
-    assert (first[10], first[-1], len(first)) == ("T", "Z", len("2026-01-02T03:04:05.678Z"))
-    assert letter == {
-        "version": 1,
-        "request_id": bad_id,
-        "queue": "itchy-octo-chainsaw-request",
-        "body": {"widget_id": "bad"},
-        "reason": "HTTP 500: scripted 500",
-        "status": 500,
-        "receive_count": 3,
-    }
-    posts = [post.headers["X-Message-Receive-Count"] for post in rig.maker.posts_of("bad")]
-    assert posts == ["1", "2", "3"]
+    assert letter["first_received_at"] < letter["last_received_at"]
+    assert (letter["request_id"], letter["body"], letter["receive_count"]) == (bad_id, {"widget_id": "bad"}, 3)
+    assert letter["reason"] == "HTTP 500: scripted 500"
+    assert [post.headers["X-Message-Receive-Count"] for post in rig.maker.posts_of("bad")] == ["1", "2", "3"]
     assert rig.outcomes() == {"bad": "failed"} | dict.fromkeys(numbered("good", 9), "created")
     assert rig.counted() == 0
-
-
-def test_a_repeated_failure_waits_longer_each_time(rig: Rig) -> None:
-    rig.post("bad")
-    rig.maker.answer = lambda post: 500
-
-    consumer = rig.drain("--max-receives", 3, hurry=False)
-
-    first, second, third = (post.at for post in rig.maker.posts)
-    assert second - first < 1 + 5
-    assert third - second < 2 + 5
-    assert [event["charged"] for event in consumer.events("failed, comes back")] == [1, 1]
-
-
-def test_a_rejected_request_is_answered_with_the_makers_reason(rig: Rig) -> None:
-    rig.post("bad")
-    rig.maker.answer = lambda post: Reply(422, FROM_A_MAKER)
-
-    rig.drain()
-
-    [response] = rig.responses()
-    assert (response["outcome"], response["status"], response["reason"]) == ("rejected", 422, "no such shape")
-    assert (rig.left(), len(rig.letters()), len(rig.maker.posts)) == (0, 0, 1)
-
-
-def test_two_consumers_share_the_work_and_nothing_is_made_twice(rig: Rig) -> None:
-    ids = numbered("w", 60)
-    rig.post(*ids)
-    with rig.consumer("--drain", "--poll-interval", 0.1) as one, rig.consumer("--drain", "--poll-interval", 0.1) as two:
-        assert (one.exit_code(), two.exit_code()) == (0, 0)
-
-    assert rig.maker.made == Counter(ids)
-    assert rig.outcomes() == dict.fromkeys(ids, "created")
 
 
 # Signals
@@ -128,73 +77,36 @@ def test_the_first_signal_lets_posts_end_and_frees_the_rest_at_once(rig: Rig) ->
     assert rig.counted() == 0
 
 
-@pytest.mark.parametrize(("second", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_second_signal_ends_the_consumer_at_once(rig: Rig, second: int, code: int) -> None:
+def test_a_second_signal_ends_the_consumer_at_once(rig: Rig) -> None:
     rig.post("w")
     rig.maker.answer = lambda post: rig.maker.hang()
     with rig.consumer("--deadline", 30) as consumer:
         wait_until(lambda: rig.maker.posts)
         consumer.signal(signal.SIGTERM)
         # Those that come too soon to be a second one change nothing.
-        wait_until(lambda: consumer.signal(second) or consumer.process.poll() is not None, seconds=10)
-        assert consumer.exit_code() == code
+        wait_until(lambda: consumer.signal(signal.SIGTERM) or consumer.process.poll() is not None, seconds=10)
+        assert consumer.exit_code() == 143
     assert rig.left() == 1
 
 
-def test_a_signal_ends_a_consumer_that_waits_for_messages_or_its_maker_promptly(rig: Rig) -> None:
-    rig.post("first")
-    with rig.consumer("--poll-interval", 20) as idle:
-        wait_until(rig.responses)
-        idle.signal(signal.SIGINT)
-        assert idle.exit_code(10) == 0
-
+def test_a_signal_ends_a_consumer_that_waits_for_its_maker_promptly(rig: Rig) -> None:
     rig.post(*numbered("w", 12))
     with rig.consumer("--maker-url", f"http://127.0.0.1:{free_port()}/widgets") as waiting:
         rig.wait(lambda: waiting.events("the maker fails: trying it with one claim at a time"))
         waiting.signal(signal.SIGTERM)
         assert waiting.exit_code(10) == 0
-    stats = rig.queues.stats("itchy-octo-chainsaw-request")
-    assert (stats.total, stats.claimed) == (12, 0)
+    assert (rig.left(), rig.queues.stats(REQUESTS).claimed) == (12, 0)
 
 
 def test_signals_that_were_ignored_at_the_start_stay_ignored(rig: Rig) -> None:
-    with rig.consumer("--poll-interval", 0.1, prefix=under("trap '' HUP INT")) as consumer:
-        rig.post("before")
+    rig.post("w")
+    with rig.consumer(prefix=under("trap '' HUP INT")) as consumer:
         wait_until(rig.responses)
-        consumer.signal(signal.SIGHUP)
-        consumer.signal(signal.SIGINT)
-        time.sleep(0.7)  # time enough to obey them
-        rig.post("after")
-        wait_until(lambda: len(rig.responses()) == 2)
-        consumer.signal(signal.SIGTERM)
-        assert consumer.exit_code() == 0
+        ignored = re.findall(r"SigIgn:\t(\w+)", Path(f"/proc/{consumer.process.pid}/status").read_text())
+    assert int(ignored[0], 16) & 0b11 == 0b11  # a bit for each signal, from 1, which is HUP
 
 
 # Crashes
-
-
-def test_what_a_killed_consumer_held_is_received_again_once_its_claim_has_expired(rig: Rig) -> None:
-    ids = numbered("w", 6)
-    rig.post(*ids)
-
-    def make_and_say_nothing(post: Post) -> Silence:
-        rig.maker.make(post)
-        rig.maker.hang()
-        return Silence.CUT
-
-    rig.maker.answer = make_and_say_nothing
-    with rig.consumer("--slots", 3, "--deadline", 30) as killed:
-        wait_until(lambda: len(rig.maker.posts) == 3)
-        killed.kill()
-    assert rig.queues.stats(REQUESTS).free < 6
-    rig.maker.answer = rig.maker.make
-
-    rig.end_claims()
-    rig.drain("--slots", 3)
-
-    assert rig.outcomes() == dict.fromkeys(ids, "created")
-    assert sorted(rig.maker.made) == ids
-    assert [int(post.headers["X-Message-Receive-Count"]) for post in rig.maker.posts[3:]].count(2) == 3
 
 
 @pytest.mark.parametrize("most", [2, 3])
@@ -312,22 +224,6 @@ def test_each_request_of_a_batch_is_judged_by_itself(rig: Rig) -> None:
     assert rig.maker.made == Counter(["left out", *good])
 
 
-def test_a_batch_that_fails_as_a_whole_is_posted_one_by_one_and_charged_to_none(rig: Rig) -> None:
-    ids = numbered("w", 8)
-    rig.post("kills batches", *ids)
-
-    def answer(post: Post) -> Reply | Silence:
-        is_batch = rig.maker.posts[-1].is_batch
-        return Silence.CUT if is_batch and post.widget_id == "kills batches" else rig.maker.make(post)
-
-    rig.maker.answer = answer
-    consumer = rig.drain("--post-batch", 3, "--slots", 1, "--max-receives", 2)
-
-    assert rig.outcomes() == dict.fromkeys(["kills batches", *ids], "created")
-    assert consumer.events("failed, comes back") == []
-    assert [post.widget_ids for post in rig.maker.posts if post.is_batch][-2:] == [ids[2:5], ids[5:8]]
-
-
 def test_a_maker_that_knows_no_batches_gets_one_and_then_single_requests(rig: Rig) -> None:
     ids = numbered("w", 12)
     rig.post(*ids)
@@ -335,8 +231,7 @@ def test_a_maker_that_knows_no_batches_gets_one_and_then_single_requests(rig: Ri
 
     rig.drain("--post-batch", 4, "--slots", 1)
 
-    assert [len(post.widget_ids) for post in rig.maker.posts if post.is_batch][:1] == [4]
-    assert sum(post.is_batch for post in rig.maker.posts) <= 5  # those of the first claim
+    assert [post.is_batch for post in rig.maker.posts] == [True, *[False] * 12]
     assert rig.maker.made == Counter(ids)
 
 
@@ -365,19 +260,3 @@ def test_check_says_what_is_wrong_and_takes_no_message(rig: Rig) -> None:
     assert "404" in sick.out
     assert gone.url in alone.out
     assert (rig.left(), rig.responses()) == (1, [])
-
-
-# The log
-
-
-def test_the_log_is_one_line_an_event_in_both_forms(rig: Rig) -> None:
-    for form in ("text", "json"):
-        rig.post("two\nlines \x1b[31m", "\ud800", "x" * 5000)
-        rig.post_bodies("no\nrequest")
-        consumer = rig.drain("--log-format", form)
-        lines = [line for line in consumer.err.splitlines() if "waiting: messages are claimed" not in line]
-        assert len(lines) == 1 + 4 + 1, lines
-        assert "\x1b" not in consumer.err
-    events = [json.loads(line) for line in lines]
-    assert (events[0]["event"], events[-1]["event"], events[-1]["created"]) == ("consuming", "drained", 3)
-    assert sorted(event["event"] for event in events[1:-1]) == ["created"] * 3 + ["dead letter"]

@@ -1,7 +1,6 @@
 """Faults that users report of tools like this one: nobody is blamed who is not at fault, and nothing is lost."""
 
 import resource
-import signal
 import threading
 import time
 from collections import Counter, deque
@@ -15,7 +14,6 @@ from doubles.tcp_proxy import Fault, TcpProxy
 from rig import Rig, numbered
 from support import under, wait_until
 
-FOREIGN_ERROR = {"error": {"code": "BadRequest", "message": "no such operation"}}
 BACK = "failed, comes back"
 OPENED = "the maker fails: trying it with one claim at a time"
 
@@ -40,13 +38,13 @@ def test_connections_that_a_firewall_has_forgotten_cost_no_receive(rig: Rig) -> 
 
 def test_one_deadline_covers_an_answer_that_trickles(rig: Rig) -> None:
     rig.post("w")
-    trickling = TcpProxy("127.0.0.1", rig.maker.port, lambda n: Fault(piece=1, every_s=0.2, answers_alone=True))
+    trickling = TcpProxy("127.0.0.1", rig.maker.port, lambda n: Fault(trickle_s=0.2))
     urls = ["--maker-url", f"http://127.0.0.1:{trickling.port}/widgets", "--health-url", rig.maker.url]
     with trickling, rig.consumer(*urls, "--deadline", 1) as slow:
         wait_until(lambda: slow.events(BACK))
     [event] = slow.events(BACK)[:1]
     assert 900 < event["ms"] < 6000
-    assert rig.left() == 1
+    assert (event["charged"], rig.left()) == (1 / 5, 1)
 
 
 def test_interim_answers_are_skipped(rig: Rig) -> None:
@@ -62,8 +60,7 @@ def test_interim_answers_are_skipped(rig: Rig) -> None:
 # Who asks for patience
 
 
-@pytest.mark.parametrize("after", [None, "1"])
-def test_a_rate_limit_slows_the_consumer_down_and_costs_nothing(rig: Rig, after: str | None) -> None:
+def test_a_rate_limit_slows_the_consumer_down_and_costs_nothing(rig: Rig) -> None:
     ids = numbered("w", 90)
     rig.post(*ids)
     recent: deque[float] = deque()
@@ -74,7 +71,7 @@ def test_a_rate_limit_slows_the_consumer_down_and_costs_nothing(rig: Rig, after:
             while recent and recent[0] < time.monotonic() - 1:
                 recent.popleft()
             if len(recent) >= 30:
-                return Reply(429, "slow down", {"Retry-After": after} if after else {})
+                return Reply(429, "slow down")
             recent.append(time.monotonic())
         return rig.maker.make(post)
 
@@ -86,33 +83,19 @@ def test_a_rate_limit_slows_the_consumer_down_and_costs_nothing(rig: Rig, after:
     assert len(rig.maker.posts) < 3 * len(ids)
 
 
-def test_a_backend_that_is_gone_behind_a_balancer_costs_no_request(rig: Rig) -> None:
-    ids = numbered("w", 100)
-    rig.post(*ids)
-    turn = cycle([False, False, True])
-    rig.maker.answer = lambda post: Reply(503) if next(turn) else rig.maker.make(post)
+def test_a_retry_after_that_is_a_date_is_obeyed_at_every_failure(rig: Rig) -> None:
+    def fail_once(post: Post) -> Answer:
+        if len(rig.maker.posts) > 1:
+            return rig.maker.make(post)
+        return Reply(500, headers={"Retry-After": formatdate(time.time() + 3, usegmt=True)})
 
-    rig.drain("--max-receives", 3)
-
-    assert rig.outcomes() == dict.fromkeys(ids, "created")
-
-
-@pytest.mark.slow
-def test_retry_after_is_obeyed_in_both_forms_at_every_failure(rig: Rig) -> None:
     rig.post("w")
-    answers = iter(
-        [
-            lambda: Reply(429, "", {"Retry-After": "2 "}),  # with a space at the end
-            lambda: Reply(500, "", {"Retry-After": formatdate(time.time() + 3, usegmt=True)}),
-        ]
-    )
-    rig.maker.answer = lambda post: next(answers, lambda: rig.maker.make(post))()
+    rig.maker.answer = fail_once
 
     rig.drain(hurry=False)
 
-    first, second, third = (post.at for post in rig.maker.posts)
-    assert second - first >= 1.9
-    assert third - second >= 1.9  # the date has no fractions
+    first, second = (post.at for post in rig.maker.posts)
+    assert second - first >= 1.9  # the date has no fractions
 
 
 # Outages
@@ -134,30 +117,10 @@ def test_an_outage_costs_two_consumers_of_different_machines_nothing(rig: Rig) -
     assert one.events("the maker is back") + other.events("the maker is back")
 
 
-def test_a_maker_that_fails_everything_and_recovers_costs_nothing(rig: Rig) -> None:
-    ids = numbered("w", 25)
-    rig.post(*ids)
-    unlucky = set(ids[:9])  # fail once more, after the outage: two receives, where the outage is charged to them
-
-    def fail_until_the_30th(post: Post) -> Answer:
-        if len(rig.maker.posts) <= 30:
-            return 500
-        if post.widget_id in unlucky:
-            unlucky.remove(post.widget_id)
-            return 500
-        return rig.maker.make(post)
-
-    rig.maker.answer = fail_until_the_30th
-    rig.drain("--max-receives", 2, hurry=False)
-
-    assert rig.outcomes() == dict.fromkeys(ids, "created")
-    assert rig.letters() == []
-
-
 def test_the_codes_of_gateways_that_cannot_reach_the_maker_are_not_its_own_word(rig: Rig) -> None:
     ids = numbered("w", 5)
     rig.post(*ids)
-    codes = cycle([521, 524, 561, 598, 599, 502, 504, 530])
+    codes = cycle([521, 524, 561, 598, 599, 502, 503, 504, 530])
     rig.maker.answer = lambda post: (
         Reply(next(codes), "<html>") if len(rig.maker.posts_of(post.widget_id)) < 4 else rig.maker.make(post)
     )
@@ -183,20 +146,9 @@ def test_a_health_page_that_is_wrong_is_not_believed_and_a_bad_message_still_end
 # Wrong makers
 
 
-def test_another_api_that_rejects_everything_deletes_nothing(rig: Rig) -> None:
-    rig.post(*numbered("w", 5))  # fewer than make a row
-    rig.maker.says_maker = False
-    rig.maker.answer = lambda post: Reply(400, FOREIGN_ERROR)
-    with rig.consumer("--max-receives", 2) as consumer:
-        rig.wait(lambda: len(rig.maker.posts) > 20)
-        consumer.signal(signal.SIGTERM)
-        assert consumer.exit_code() == 0
-
-    assert (rig.left(), rig.responses(), rig.letters()) == (5, [], [])
-
-
 def test_a_wrong_maker_url_costs_nothing_and_a_drain_gives_up(rig: Rig) -> None:
     rig.post(*numbered("w", 12))
+    rig.maker.says_maker = False
     with ScriptedMaker() as elsewhere:
         wrong = cycle(
             [
@@ -204,6 +156,7 @@ def test_a_wrong_maker_url_costs_nothing_and_a_drain_gives_up(rig: Rig) -> None:
                 Reply(307, headers={"Location": elsewhere.url}),
                 Reply(200, "<h1>Welcome</h1>", {"Content-Type": "text/html"}),
                 Reply(401, {"error": {"code": "login", "message": "who are you?"}}),
+                Reply(400, {"error": {"code": "BadRequest", "message": "no such operation"}}),
                 Reply(200, {"id": "another"}),
             ]
         )
@@ -230,52 +183,22 @@ def test_neither_netrc_nor_proxies_nor_kubernetes_change_where_and_how_requests_
             assert consumer.exit_code() == 0, consumer.err
         assert proxy.connections == 0
     assert rig.outcomes() == {"w": "created"}
-    assert [request.headers["Authorization"] for request in rig.maker.posts + rig.maker.gets] == [None] * len(
-        rig.maker.posts + rig.maker.gets
-    )
+    assert {request.headers["Authorization"] for request in rig.maker.posts + rig.maker.gets} == {None}
 
 
 # Some messages fail
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0, 1.1])
-def test_good_messages_behind_many_bad_ones_are_made_meanwhile(rig: Rig, seconds: float) -> None:
+def test_good_messages_behind_many_bad_ones_are_made_meanwhile(rig: Rig) -> None:
     good = numbered("good", 10)
     rig.post(*numbered("bad", 24), *good)
-    rig.maker.answer = lambda post: (
-        (time.sleep(seconds) or 500) if post.widget_id.startswith("bad") else rig.maker.make(post)
-    )
+    rig.maker.answer = lambda post: 500 if post.widget_id.startswith("bad") else rig.maker.make(post)
 
     with rig.consumer("--poll-interval", 0.1) as consumer:
         rig.wait(lambda: sorted(rig.maker.made) == good, hurry=False)
         wait_until(lambda: len(consumer.events("created")) == 10)
 
-    assert {id_ for id_, outcome in rig.outcomes().items() if outcome == "created"} == set(good)
     assert len(rig.letters()) < 24
-
-
-def test_a_message_that_hangs_holds_up_no_other_outcome(rig: Rig) -> None:
-    good = numbered("good", 19)
-    rig.post("hangs", *good)
-    rig.maker.answer = lambda post: rig.maker.hang() if post.widget_id == "hangs" else rig.maker.make(post)
-
-    with rig.consumer("--claim-limit", 20, "--deadline", 45):
-        wait_until(lambda: len(rig.responses()) == 19, 15)
-        assert len(rig.maker.posts_of("hangs")) == 1
-
-    assert rig.outcomes() == dict.fromkeys(good, "created")
-
-
-def test_a_lone_message_that_hangs_becomes_a_dead_letter(rig: Rig) -> None:
-    rig.post("hangs")
-    rig.maker.answer = lambda post: rig.maker.hang()
-
-    consumer = rig.drain("--deadline", 0.2, "--max-receives", 2)
-
-    assert rig.dead() == ["hangs"]
-    assert len(rig.maker.posts) == 2 * 5  # each is charged a fifth of a receive
-    assert sum(event["charged"] for event in consumer.events(BACK)) == pytest.approx(9 / 5)
 
 
 # This machine
@@ -289,18 +212,16 @@ def test_slots_that_the_limit_of_open_files_cannot_bear_are_refused(rig: Rig) ->
 
 
 def test_when_this_machine_is_out_of_descriptors_the_log_says_so_and_nothing_is_lost(rig: Rig) -> None:
+    def make_the_first_and_let_no_file_be_opened_from_now_on(post: Post) -> Answer:
+        if len(rig.maker.posts) > 1:
+            return rig.maker.make(post)
+        resource.prlimit(consumer.process.pid, resource.RLIMIT_NOFILE, (3, 4096))
+        rig.post(*numbered("w", 5))
+        return Reply(201, {"id": "first"}, {"Connection": "close"})
+
     rig.post("first")
+    rig.maker.answer = make_the_first_and_let_no_file_be_opened_from_now_on
     with rig.consumer("--drain", "--poll-interval", 0.1, "--max-receives", 2) as consumer:
-
-        def from_now_on_no_file_can_be_opened(post: Post) -> Reply:
-            resource.prlimit(consumer.process.pid, resource.RLIMIT_NOFILE, (3, 4096))
-            rig.post(*numbered("w", 5))
-            return Reply(201, {"id": "first"}, {"Connection": "close"})
-
-        is_first = iter([True])
-        rig.maker.answer = lambda post: (
-            from_now_on_no_file_can_be_opened(post) if next(is_first, False) else rig.maker.make(post)
-        )
         rig.wait(lambda: len(consumer.events(BACK)) > 5)
         resource.prlimit(consumer.process.pid, resource.RLIMIT_NOFILE, (1024, 4096))
         rig.wait(lambda: consumer.process.poll() is not None)
@@ -309,22 +230,16 @@ def test_when_this_machine_is_out_of_descriptors_the_log_says_so_and_nothing_is_
     assert "this machine: Too many open files" in consumer.events(BACK)[0]["reason"]
 
 
-@pytest.mark.parametrize("what", ["queue removed", "queue replaced", "counts removed", "counts replaced"])
-def test_a_file_that_is_removed_or_replaced_while_it_is_open_ends_the_consumer(rig: Rig, what: str) -> None:
+@pytest.mark.parametrize("what", ["queue", "counts"])
+def test_a_file_that_is_removed_while_it_is_open_ends_the_consumer(rig: Rig, what: str) -> None:
     rig.post("w")
     with rig.consumer("--poll-interval", 0.1) as consumer:
         wait_until(rig.responses)
-        name, how = what.split()
-        file = rig.file if name == "queue" else rig.counts_file
-        if how == "replaced":
-            (rig.directory / "copy").write_bytes(file.read_bytes())
-            (rig.directory / "copy").rename(file)
-        else:
-            file.unlink()
-        if name == "counts":
+        file = rig.file if what == "queue" else rig.counts_file
+        file.unlink()
+        if what == "counts":
             rig.post("another")
         assert consumer.exit_code() == 5
-    assert str(file) in consumer.err.splitlines()[-1]
-    assert consumer.err.splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in consumer.err
-    assert Counter(rig.maker.made) == Counter(["w"])
+    error = consumer.err.splitlines()[-1]
+    assert (error[:7], str(file) in error, "Traceback" in consumer.err) == ("error: ", True, False)
+    assert rig.maker.made == Counter(["w"])

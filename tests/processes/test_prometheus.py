@@ -3,18 +3,16 @@
 import json
 import math
 import subprocess
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-import pytest
 import requests
-from support import HERE, free_port, script, tool_or_skip, wait_until, widget_maker
+from rig import REQUESTS
+from support import HERE, free_port, script, status, tool_or_skip, wait_until, widget_maker
 
 from claim_queues.sqlite import SqliteQueues
 
-REQUESTS = "itchy-octo-chainsaw-request"
 DASHBOARD = json.loads((HERE / "deploy" / "grafana-dashboard.json").read_text())
 CONFIG = """
 global: {{scrape_interval: 200ms, scrape_timeout: 200ms, evaluation_interval: 200ms}}
@@ -24,27 +22,17 @@ scrape_configs:
 """
 
 
-class Prometheus:
-    def __init__(self, port: int) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-
-    def is_ready(self) -> bool:
-        with suppress(requests.RequestException):
-            return requests.get(f"{self.url}/-/ready", timeout=1).ok
-        return False
-
-    def query(self, expression: str) -> list[float]:
-        """The values that the expression has now."""
-        answer = requests.get(f"{self.url}/api/v1/query", params={"query": expression}, timeout=5).json()
-        assert answer["status"] == "success", answer
-        return [float(result["value"][1]) for result in answer["data"]["result"]]
+def values(url: str, expression: str) -> list[float]:
+    """Those that the expression has now."""
+    answer = requests.get(f"{url}/api/v1/query", params={"query": expression}, timeout=5).json()
+    assert answer["status"] == "success", answer
+    return [float(result["value"][1]) for result in answer["data"]["result"]]
 
 
-@pytest.fixture
-def prometheus(tmp_path: Path) -> Iterator[Prometheus]:
-    """A Prometheus that scrapes a consumer with outcomes of two kinds, and its maker."""
+def test_a_real_prometheus_answers_each_panel_of_the_dashboard(tmp_path: Path) -> None:
     program = tool_or_skip("prometheus", package="prometheus")
     consumer, port = free_port(), free_port()
+    query = partial(values, f"http://127.0.0.1:{port}")
     with ExitStack() as stack:
         maker, _ = stack.enter_context(widget_maker(tmp_path, "--latency", "0.001"))
         queues = stack.enter_context(SqliteQueues(tmp_path / "q"))
@@ -57,21 +45,18 @@ def prometheus(tmp_path: Path) -> Iterator[Prometheus]:
         process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
         stack.callback(process.wait)
         stack.callback(process.kill)
-        found = Prometheus(port)
-        wait_until(lambda: found.is_ready() or process.poll() is not None)
+        wait_until(lambda: status(f"http://127.0.0.1:{port}/-/ready") == 200 or process.poll() is not None)
         assert process.poll() is None, (tmp_path / "prometheus.log").read_text()
-        wait_until(lambda: found.query("sum(up)") == [2.0])
+        wait_until(lambda: query("sum(up)") == [2.0])
+
         ids = [f"{number:08x}-54f4-11e5-ad75-3c970e65f731" for number in range(9)]
         queues.post(REQUESTS, ["no request", {"widget_id": "no id"}, *({"widget_id": id_} for id_ in ids)])
+
         for outcome, number in {"created": 9.0, "rejected": 1.0, "failed": 1.0}.items():
-            query = f'widget_consumer_outcomes_total{{outcome="{outcome}"}}'
-            wait_until(lambda query=query, number=number: found.query(query) == [number])
-        yield found
-
-
-def test_a_real_prometheus_answers_each_panel_of_the_dashboard(prometheus: Prometheus) -> None:
-    assert prometheus.query("widget_consumer_post_duration_seconds_count") == [10.0]
-    for expression in [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]:
-        values = wait_until(partial(prometheus.query, expression.replace("$__rate_interval", "1m")))
-        assert not any(map(math.isnan, values)), expression
-    assert prometheus.query('sum(rate(widget_consumer_outcomes_total{outcome="created"}[1m]))')[0] > 0
+            total = f'widget_consumer_outcomes_total{{outcome="{outcome}"}}'
+            wait_until(lambda total=total, number=number: query(total) == [number])
+        assert query("widget_consumer_post_duration_seconds_count") == [10.0]
+        for expression in [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]:
+            found = wait_until(partial(query, expression.replace("$__rate_interval", "1m")))
+            assert not any(map(math.isnan, found)), expression
+        assert query('sum(rate(widget_consumer_outcomes_total{outcome="created"}[1m]))')[0] > 0

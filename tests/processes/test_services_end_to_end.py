@@ -2,16 +2,14 @@
 
 import signal
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
-from doubles.identity_double import REGION, IdentityDouble
-from doubles.keyring_double import USER
+from doubles.identity_double import IdentityDouble
 from doubles.scripted_maker import Post, Reply, ScriptedMaker
 from support import HERE, Script, run_script, script, wait_until, widget_maker, widgets
 
@@ -20,21 +18,16 @@ from claim_queues import Claim, Queues, open_queues
 BAD_IDS = [f"this_is_not_a_valid_widget_id_{number}" for number in range(3)]
 
 
-@dataclass
 class Place:
     """A service with three queues of this test alone. queues: for the test's own use."""
 
-    directory: Path
-    queues: Queues
-    env: dict[str, str]
-    names: list[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        kinds = ("request", "response", "dead-letter")
-        self.names = [f"{kind}-{uuid.uuid4().hex[:12]}" for kind in kinds]
-        self.env |= {
-            f"WIDGET_{kind.replace('-', '_').upper()}_QUEUE": name for kind, name in zip(kinds, self.names, strict=True)
-        }
+    def __init__(self, directory: Path, url: str, queues: Queues) -> None:
+        self.directory = directory
+        self.queues = queues
+        self.names = [f"{kind}-{uuid.uuid4().hex[:12]}" for kind in ("request", "response", "dead-letter")]
+        settings = ("WIDGET_REQUEST_QUEUE", "WIDGET_RESPONSE_QUEUE", "WIDGET_DEAD_LETTER_QUEUE")
+        self.env = dict(zip(settings, self.names, strict=True))
+        self.env |= {"WIDGET_QUEUE_URL": url, "PYTHONPATH": f"{HERE}:{HERE / 'tests'}"}
 
     def run(self, name: str, *options: object, stdin: str = "") -> Any:
         return run_script(name, *options, cwd=self.directory, env=self.env, stdin=stdin)
@@ -49,14 +42,12 @@ class Place:
     def finish(self, consumer: Script, responses: int) -> None:
         """End it once that is done which there was to do: a drain takes a minute where counts are not exact."""
         requests, outcomes, _ = self.names
+
+        def is_done() -> bool:
+            return self.queues.stats(outcomes).total >= responses and not self.queues.stats(requests).total
+
         wait_until(lambda: consumer.process.poll() is not None or consumer.events("consuming"))
-        wait_until(
-            lambda: (
-                consumer.process.poll() is not None
-                or (self.queues.stats(outcomes).total >= responses and self.queues.stats(requests).total == 0)
-            ),
-            60,
-        )
+        wait_until(lambda: consumer.process.poll() is not None or is_done(), 60)
         consumer.signal(signal.SIGTERM)
         assert consumer.exit_code() == 0, consumer.err
 
@@ -72,49 +63,36 @@ class Place:
 
 
 @contextmanager
-def rackspace(directory: Path) -> Iterator[Place]:
+def rackspace() -> Iterator[str]:
     from backend_cloud_queues import zaqar_url  # each of these skips where the service's SDK is missing
 
-    with ExitStack() as closing, pytest.MonkeyPatch.context() as patch:
-        identity = closing.enter_context(IdentityDouble(f"{zaqar_url()}/v1"))
-        env = {
-            "WIDGET_QUEUE_URL": f"rackspace://{USER}@{REGION}?identity={identity.v2}",
-            "PYTHON_KEYRING_BACKEND": "doubles.keyring_double.Keyring",
-            "PYTHONPATH": f"{HERE}:{HERE / 'tests'}",
-        }
-        patch.setenv("PYTHON_KEYRING_BACKEND", env["PYTHON_KEYRING_BACKEND"])
-        yield Place(directory, closing.enter_context(open_queues(env["WIDGET_QUEUE_URL"])), env)
+    with IdentityDouble(f"{zaqar_url()}/v1") as identity, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHON_KEYRING_BACKEND", "doubles.keyring_double.Keyring")
+        yield identity.queue_url
 
 
 @contextmanager
-def zaqar(directory: Path) -> Iterator[Place]:
+def zaqar() -> Iterator[str]:
     import backend_zaqar
 
-    url = f"zaqar://?endpoint={quote(backend_zaqar.mongodb_server(), safe='')}&project=widgets"
-    with open_queues(url) as queues:
-        yield Place(directory, queues, {"WIDGET_QUEUE_URL": url})
+    yield f"zaqar://?endpoint={quote(backend_zaqar.mongodb_server(), safe='')}&project=widgets"
 
 
 @contextmanager
-def sqs(directory: Path) -> Iterator[Place]:
+def sqs() -> Iterator[str]:
     import backend_sqs
 
-    url = f"sqs://{backend_sqs.REGION}?endpoint={backend_sqs.server()}"
-    with backend_sqs.credentials(), open_queues(url) as queues:
-        yield Place(directory, queues, {"WIDGET_QUEUE_URL": url})
+    with backend_sqs.credentials():
+        yield f"sqs://{backend_sqs.REGION}?endpoint={backend_sqs.server()}"
 
 
-SERVICES: dict[str, Callable[[Path], AbstractContextManager[Place]]] = {
-    "cloud-queues": rackspace,
-    "zaqar-mongodb": zaqar,
-    "sqs": sqs,
-}
+SERVICES = {"cloud-queues": rackspace, "zaqar-mongodb": zaqar, "sqs": sqs}
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SERVICES])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    with SERVICES[request.param](tmp_path) as place:
-        yield place
+    with SERVICES[request.param]() as url, open_queues(url) as queues:
+        yield Place(tmp_path, url, queues)
 
 
 def test_each_widget_is_made_once_and_each_request_answered(place: Place, tmp_path: Path) -> None:
@@ -141,6 +119,7 @@ def test_each_widget_is_made_once_and_each_request_answered(place: Place, tmp_pa
     assert "Traceback" not in consumer.err
 
 
+@pytest.mark.parametrize("place", [pytest.param("sqs", marks=pytest.mark.xdist_group("sqs"))], indirect=True)
 def test_what_others_received_is_not_charged(place: Place) -> None:
     ids = [f"w{number}" for number in range(3)]
     for name in place.names:

@@ -85,7 +85,7 @@ class EmbeddedQueue(RuleBasedStateMachine):
         for known in expected:
             known.hold(self._now + ttl * 1000, claim.id, grace)
         assert (claim.queue, claim.ttl, claim.grace) == (queue, ttl, grace)
-        assert self._as_known(claim.messages) == self._as_seen(expected)
+        assert list(claim.messages) == self._seen(expected)
         return claim
 
     @rule(which=which, claim=claims)
@@ -161,7 +161,7 @@ class EmbeddedQueue(RuleBasedStateMachine):
             for connection in self._connections:
                 expected = Stats(len(alive) - len(held), claimed, len(held) - claimed, oldest)
                 assert connection.stats(queue) == expected
-                assert self._as_known(self._browse_all(connection, queue)) == self._as_seen(alive)
+                assert self._browse_all(connection, queue) == self._seen(alive)
 
     def _open(self) -> SqliteQueues:
         return SqliteQueues(Path(self._directory.name) / "queues.sqlite3", clock=lambda: self._now / 1000)
@@ -180,12 +180,8 @@ class EmbeddedQueue(RuleBasedStateMachine):
         found = (self._known.get(message.id) for message in claim.messages)
         return [known for known in found if known and known.claim == claim.id and known.held_until > self._now]
 
-    def _as_seen(self, found: list[Known]) -> list[tuple[str, object, float]]:
-        return [(known.id, known.body, (self._now - known.posted) / 1000) for known in found]
-
-    @staticmethod
-    def _as_known(messages: tuple[Message, ...] | list[Message]) -> list[tuple[str, object, float]]:
-        return [(message.id, message.body, message.age) for message in messages]
+    def _seen(self, found: list[Known]) -> list[Message]:
+        return [Message(known.id, known.body, (self._now - known.posted) / 1000) for known in found]
 
     @staticmethod
     def _browse_all(connection: SqliteQueues, queue: str) -> list[Message]:
@@ -199,13 +195,6 @@ class EmbeddedQueue(RuleBasedStateMachine):
 @pytest.mark.slow
 def test_every_history_is_as_the_model_has_it(tmp_path: Path) -> None:
     examples = int(os.environ.get("MODEL_EXAMPLES", "80"))
-    run_state_machine_as_test(
-        lambda: EmbeddedQueue(tmp_path),
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=40,
-            deadline=None,
-            database=None,
-            suppress_health_check=[HealthCheck.too_slow],
-        ),
-    )
+    usual = settings(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+    histories = settings(usual, max_examples=examples, stateful_step_count=40)
+    run_state_machine_as_test(lambda: EmbeddedQueue(tmp_path), settings=histories)

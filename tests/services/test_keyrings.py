@@ -2,7 +2,7 @@
 
 import keyring
 import pytest
-from doubles.keyring_double import KEY, USER, Broken, Encrypted, Keyring, PlainText, chained, keyring_of
+from doubles.keyring_double import KEY, USER, Broken, Chain, Encrypted, Keyring, PlainText, keyring_of
 from keyring.backends import fail, null
 
 from claim_queues import CredentialsError
@@ -14,15 +14,7 @@ class Empty(Keyring):
         return ""
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [
-        Keyring,
-        Encrypted,
-        lambda: chained(null.Keyring(), Keyring()),
-    ],
-    ids=["one", "encrypted file", "chain"],
-)
+@pytest.mark.parametrize("backend", [Keyring, Encrypted, lambda: Chain(null.Keyring(), Keyring())])
 def test_a_key_in_a_safe_backend_is_found(backend):
     with keyring_of(backend()):
         assert secret("pyrax", USER, what="API key") == KEY
@@ -34,7 +26,7 @@ def test_a_key_in_a_safe_backend_is_found(backend):
         (fail.Keyring, USER, "keyring failed .NoKeyringError.* in PYTHON_KEYRING_BACKEND, then store the API key"),
         (null.Keyring, USER, "keyring .keyring.backends.null.Keyring. has no API key of tester"),
         (PlainText, USER, "plain text .keyrings.alt.file.PlainText.: choose another"),
-        (lambda: chained(Keyring(), PlainText()), USER, "plain text .keyrings.alt.file.PlainText.: choose another"),
+        (lambda: Chain(Keyring(), PlainText()), USER, "plain text .keyrings.alt.file.PlainText.: choose another"),
         (Broken, USER, "keyring failed .RuntimeError: no D-Bus here.: "),
         (Keyring, "another", "has no API key of another"),
         (Empty, USER, "has no API key of tester"),

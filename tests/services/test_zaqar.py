@@ -14,7 +14,7 @@ import backend_zaqar
 import pytest
 import requests
 from backends import bodies
-from doubles.http_double import LOST, FaultProxy, HttpDouble, Reply, Request
+from doubles.http_double import LOST, FaultProxy, Reply, Request
 from doubles.keystone_double import SECRET as CANARY
 from doubles.keystone_double import KeystoneDouble
 
@@ -54,18 +54,18 @@ def queues(proxy: FaultProxy) -> Iterator[ZaqarQueues]:
 
 
 @pytest.fixture
-def queue(queues: ZaqarQueues, proxy: FaultProxy) -> str:
-    return new_queue(queues, proxy)
+def queue(proxy: FaultProxy) -> str:
+    return new_queue(proxy)
 
 
 @pytest.fixture
-def responses(queues: ZaqarQueues, proxy: FaultProxy) -> str:
-    return new_queue(queues, proxy)
+def responses(proxy: FaultProxy) -> str:
+    return new_queue(proxy)
 
 
 @pytest.fixture(params=["mongodb", "redis"])
 def either(request: pytest.FixtureRequest) -> Iterator[tuple[ZaqarQueues, FaultProxy]]:
-    url = backend_zaqar.mongodb_server() if request.param == "mongodb" else backend_zaqar.redis_server()[0]
+    url = backend_zaqar.mongodb_server() if request.param == "mongodb" else backend_zaqar.redis_server()
     with FaultProxy(url) as proxy, open_at(proxy.url) as queues:
         yield queues, proxy
 
@@ -78,16 +78,16 @@ def new_name() -> str:
     return f"unit-{uuid.uuid4().hex}"
 
 
-def new_queue(queues: ZaqarQueues, proxy: FaultProxy, **metadata: object) -> str:
-    """A new queue; what was asked to make it is forgotten. metadata: as its administrator may set it."""
+def new_queue(proxy: FaultProxy, **metadata: object) -> str:
+    """A new queue, made without the proxy. metadata: as its administrator may set it."""
     name = new_name()
     headers = {"Client-ID": str(uuid.uuid4()), "X-Project-Id": PROJECT}
     requests.put(f"{proxy.target}/v2/queues/{name}", json=metadata, headers=headers, timeout=10).raise_for_status()
     return name
 
 
-def claim_of(queues: ZaqarQueues, queue: str, limit: int = 20) -> Claim:
-    claim = queues.claim(queue, **TERMS, limit=limit)
+def claim_of(queues: ZaqarQueues, queue: str) -> Claim:
+    claim = queues.claim(queue, **TERMS, limit=20)
     assert claim
     return claim
 
@@ -104,30 +104,21 @@ def made(claim: Claim, responses: str, *, fenced: bool = False) -> list[Settleme
     [
         "zaqar://cloud/path",
         "zaqar://cloud#part",
-        "zaqar://[",
         "zaqar://?endpoint=http://127.0.0.1:1",
         "zaqar://?endpoint=http://127.0.0.1:1&project=",
         "zaqar://cloud?endpoint=http://127.0.0.1:1&project=p",
         "zaqar://cloud?endpoint",
         f"zaqar://user:{CANARY}@cloud",
+        "zaqar://[",
         f"zaqar://cloud:{CANARY}",
         f"zaqar://cloud?password={CANARY}",
-        f"zaqar://?endpoint=http://127.0.0.1:1&project=p&application_credential_secret={CANARY}",
+        "zaqar://?endpoint=http://zaqar.example:8888&project=p",
+        f"zaqar://?endpoint=http://u:{CANARY}@127.0.0.1:1&project=p",
     ],
 )
-def test_a_url_that_names_no_zaqar_is_refused_with_what_would_and_without_its_secrets(url):
-    with pytest.raises(ConfigError, match="write zaqar://CLOUD") as refusal:
+def test_any_other_url_is_refused_with_what_would_do_and_without_its_secrets(url):
+    with pytest.raises(ConfigError, match=r"write zaqar://CLOUD|only https is safe") as refusal:
         open_queues(url)
-    assert CANARY not in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    "endpoint",
-    ["http://zaqar.example:8888", "http://127.0.0.1.example", "127.0.0.1:1", f"http://u:{CANARY}@127.0.0.1:1"],
-)
-def test_an_endpoint_elsewhere_without_tls_or_with_a_password_is_refused_at_once(endpoint):
-    with pytest.raises(ConfigError, match="only https is safe") as refusal:
-        open_at(endpoint)
     assert CANARY not in str(refusal.value)
 
 
@@ -175,23 +166,6 @@ def test_every_request_has_time_limits(queues, queue, keystone, monkeypatch):
     assert limits == {"/v2/queues": (5, 30), "/v3/auth/tokens": (5, 30)}
 
 
-def test_no_password_from_netrc_and_no_proxy_of_the_environment_is_used(keystone, proxy, tmp_path, monkeypatch):
-    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login a password b\n")
-    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
-    with HttpDouble() as snooper:
-        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
-            monkeypatch.setenv(name, snooper.url)
-        with open_queues("zaqar://mine") as queues, open_at(proxy.url) as without_keystone:
-            queues.create(new_name())
-            proxy.answer = proxy.serve
-            without_keystone.create(new_name())
-        assert snooper.requests == []
-
-    asked = [*keystone.requests, *proxy.requests]
-    assert [request.method for request in asked] == ["POST", "PUT", "PUT"]
-    assert not any("Authorization" in request.headers for request in asked)
-
-
 # Errors
 
 
@@ -203,14 +177,11 @@ def test_no_password_from_netrc_and_no_proxy_of_the_environment_is_used(keystone
         (401, CredentialsError),
         (403, QueueForbidden),
         (404, QueueNotFound),
-        (405, QueueError),
         (408, QueueUnavailable),
         (413, QueueUnavailable),
         (429, QueueUnavailable),
         (500, QueueUnavailable),
-        (502, QueueUnavailable),
         (503, QueueUnavailable),
-        (504, QueueUnavailable),
     ],
 )
 def test_each_status_is_one_error_that_says_what_where_and_why(queue, proxy, status, error):
@@ -232,24 +203,14 @@ def test_each_status_is_one_error_that_says_what_where_and_why(queue, proxy, sta
             assert type(raised.value) is error or error is QueueUnavailable
 
 
-@pytest.mark.parametrize(
-    ("header", "seconds"),
-    [
-        ("7", 7),
-        (" 9 ", 9),
-        ("9" * 9, 3600),
-        ("soon", 0),
-        ("", 0),
-    ],
-)
+@pytest.mark.parametrize(("header", "seconds"), [("7", 7), (" 9 ", 9), ("9" * 9, 3600), ("soon", 0), ("", 0)])
 def test_the_wait_that_the_service_asks_for_is_passed_on(queues, queue, proxy, header, seconds):
-    for status in (429, 503):
-        proxy.fail("", Reply(status, "", {"Retry-After": header}))
+    proxy.fail("", Reply(429, "", {"Retry-After": header}))
 
-        with pytest.raises(QueueUnavailable) as refusal:
-            queues.claim(queue, **TERMS, limit=1)
+    with pytest.raises(QueueUnavailable) as refusal:
+        queues.claim(queue, **TERMS, limit=1)
 
-        assert refusal.value.retry_after == seconds
+    assert refusal.value.retry_after == seconds
 
 
 @pytest.mark.parametrize("page", ["<html>", "{}", '{"messages": [{}], "links": []}', '{"queues": 1}'])
@@ -280,7 +241,10 @@ def test_bodies_are_posted_in_as_few_requests_as_the_service_s_262144_bytes_allo
     assert len(proxy.requests[3].body) == 262_144
 
 
-@pytest.mark.parametrize("fault", ["lost", Reply(502), Reply(201, "<html>")], ids=str)
+UNREADABLE = ["<html>", *({"resources": ids} for ids in ([], None, ["/m/1", "/m/2"], "/m/1", [1]))]
+
+
+@pytest.mark.parametrize("fault", ["lost", Reply(502), *(Reply(201, page) for page in UNREADABLE)], ids=str)
 def test_a_post_without_an_answer_is_reported_as_unknown(queues, queue, proxy, fault):
     proxy.fail("POST", proxy.lose if fault == "lost" else fault)
 
@@ -315,8 +279,9 @@ def test_a_body_that_holds_nan_is_given_as_text(queues, queue, proxy):
 def test_a_wait_looks_less_often_the_longer_nothing_comes(queues, queue, proxy):
     looks = []
     for _ in range(5):
+        proxy.requests.clear()
         assert queues.claim(queue, **TERMS, limit=1, wait=2) is None
-        looks.append(len(proxy.asked()))
+        looks.append(len(proxy.requests))
     assert 5 <= looks[0] <= 12  # a first one expects ten messages a second
     assert looks[-1] <= 2
 
@@ -328,23 +293,28 @@ def test_a_wait_looks_more_often_the_more_came_but_not_at_once(queues, queue, pr
         assert queues.claim(queue, **TERMS, limit=20, wait=2)
         proxy.requests.clear()
         assert queues.claim(queue, **TERMS, limit=20, wait=2) is None
-        looks.append(len(proxy.asked()))
+        looks.append(len(proxy.requests))
     assert 1 <= looks[0] < looks[1] < 30
 
 
 # Renewing, settling
 
 
-@pytest.mark.parametrize("fenced", [True, False])
-def test_nothing_is_deleted_when_its_posts_fail_and_nothing_is_posted_twice(queues, queue, responses, proxy, fenced):
+@pytest.mark.parametrize(
+    ("fenced", "fault", "retry_after"), [(True, Reply(503, "", {"Retry-After": "3"}), 3), (False, LOST, 0)]
+)
+def test_nothing_is_deleted_when_its_posts_fail_and_nothing_is_posted_twice(
+    queues, queue, responses, proxy, fenced, fault, retry_after
+):
     queues.post(queue, [1, 2])
     claim = claim_of(queues, queue)
     settlements = made(claim, responses, fenced=fenced)
     proxy.requests.clear()
-    proxy.fail("POST", Reply(503, "", {"Retry-After": "3"}), times=1)
+    proxy.fail("POST", fault, times=1)
     with pytest.raises(QueueUnavailable) as unavailable:
         queues.settle(claim, settlements)
-    assert (unavailable.value.retry_after, proxy.asked()) == (3, ["POST messages"])
+    assert unavailable.value.retry_after == retry_after
+    assert [request.method for request in proxy.requests] == ["POST"]
 
     proxy.fail("DELETE", proxy.lose, times=1)
     with pytest.raises(QueueUnavailable):
@@ -354,7 +324,7 @@ def test_nothing_is_deleted_when_its_posts_fail_and_nothing_is_posted_twice(queu
 
 
 def test_an_outcome_that_the_queue_s_own_limit_refuses_is_found_among_others(queues, queue, proxy):
-    small = new_queue(queues, proxy, _max_messages_post_size=200)
+    small = new_queue(proxy, _max_messages_post_size=200)
     queues.post(queue, ["fits", "x" * 200, "fits too"])
     claim = claim_of(queues, queue)
     first, large, last = claim.messages
@@ -372,7 +342,8 @@ def test_an_outcome_that_the_queue_s_own_limit_refuses_is_found_among_others(que
 def test_a_queue_exists_only_under_its_very_name(either):
     queues, _ = either
     stem = new_name()
-    for name in (f"{stem}b", f"{stem}d", "A" * 64):
+    before = [f"A{number}" for number in range(20)]  # a page of its list, which the Redis driver shows first
+    for name in (*before, f"{stem}b", f"{stem}d", "A" * 64):
         queues.create(name)
 
     names = [f"{stem}{end}" for end in ("", "a", "b", "b0", "c", "d", "e", "-", "D")]
@@ -381,20 +352,15 @@ def test_a_queue_exists_only_under_its_very_name(either):
     assert not any(map(queues.exists, ("A" * 63, "-", "z" * 64)))
 
 
-def test_what_would_surprise_a_queue_s_users_is_named(queues, queue, proxy):
-    assert queues.inspect(queue) == []
-
-    (moves,) = queues.inspect(new_queue(queues, proxy, _max_claim_count=3, _dead_letter_queue="letters"))
-    assert "moves messages to letters after 3 claims" in moves
-
-
-def test_a_driver_whose_claims_take_what_others_hold_is_named(either):
+def test_what_would_surprise_a_queue_s_users_is_named(either):
     queues, proxy = either
-    queues.create(queue := new_name())
 
-    found = [sentence for sentence in queues.inspect(queue) if "use --claim-limit 1" in sentence]
+    found = queues.inspect(new_queue(proxy))
+    moves, *_ = queues.inspect(new_queue(proxy, _max_claim_count=3, _dead_letter_queue="letters"))
 
-    assert len(found) == (proxy.target != backend_zaqar.mongodb_server())
+    is_redis = proxy.target != backend_zaqar.mongodb_server()
+    assert ["use --claim-limit 1" in sentence for sentence in found] == [True] * is_redis
+    assert "moves messages to letters after 3 claims" in moves
 
 
 # Keystone

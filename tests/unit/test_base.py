@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from claim_queues import Claim, ConfigError, Limits, Message, MessageRefused, Queues, Stats, open_queues
+from claim_queues import Claim, ConfigError, Limits, Message, MessageRefused, Queues, open_queues
 from claim_queues.base import check_queue, decode, expiry, is_loopback
 
 LIMITS = Limits(service="a service", claim_limit=20, post_limit=10, message_bytes=10**9)
@@ -28,14 +28,6 @@ def nested(depth):
     return body
 
 
-def claim_of(*ids, expires_in=60.0):
-    return Claim("c", "q", 60, 60, tuple(Message(id_, None, 0) for id_ in ids), time.monotonic() + expires_in)
-
-
-def test_the_total_counts_every_message_once():
-    assert Stats(free=1, claimed=20, delayed=300, oldest_age=None).total == 321
-
-
 @pytest.mark.parametrize("name", ["", "x" * 65, "two words", "a\n", "٣", "a.b"])
 def test_a_queue_name_that_some_service_refuses_is_refused_by_all(name):
     with pytest.raises(ConfigError, match="1 to 64 letters, digits"):
@@ -43,7 +35,7 @@ def test_a_queue_name_that_some_service_refuses_is_refused_by_all(name):
 
 
 def test_a_claim_holds_for_less_than_its_time_and_not_at_all_once_it_is_lost():
-    claim = claim_of("a", expires_in=60)
+    claim = Claim("c", "q", 60, 60, (), time.monotonic() + 60)
     assert claim.holds(50)
     assert not claim.holds(61)
 
@@ -56,7 +48,7 @@ def test_a_claim_is_trusted_for_2_s_less_than_its_ttl_from_when_it_was_asked_for
 
 
 def test_messages_leave_a_claim_and_the_others_keep_their_order():
-    claim = claim_of("a", "b", "c", "d")
+    claim = Claim("c", "q", 60, 60, tuple(Message(id_, None, 0) for id_ in "abcd"), 0)
 
     claim.drop({"c", "a", "unknown"})
 
@@ -88,6 +80,13 @@ def test_a_body_is_measured_as_the_service_counts_its_bytes(body, utf8, size):
         replace(LIMITS, message_bytes=size - 1, utf8=utf8).encode(body)
 
 
+def test_half_a_surrogate_pair_is_escaped_where_characters_are_sent_as_utf8():
+    text = replace(LIMITS, utf8=True).encode("é\udcff")
+
+    assert text.encode() == b'"\xc3\xa9\\udcff"'
+    assert decode(text) == "é\udcff"
+
+
 @pytest.mark.parametrize(
     "body", [math.nan, [math.inf], b"", {1}, {("a",): 1}, nested(100_000)], ids=lambda b: repr(type(b))
 )
@@ -96,35 +95,14 @@ def test_what_is_not_json_is_refused(body):
         LIMITS.encode(body)
 
 
-def test_half_a_surrogate_pair_is_escaped_where_characters_are_sent_as_utf8():
-    text = replace(LIMITS, utf8=True).encode("é\udcff")
-
-    assert text.encode() == b'"\xc3\xa9\\udcff"'
-    assert decode(text) == "é\udcff"
-
-
 def test_a_deeply_nested_body_is_accepted():
     assert decode(LIMITS.encode(nested(600))) == nested(600)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "plain text",
-        "{",
-        "[1,]",
-        "NaN",
-        '{"a": [Infinity]}',
-        "-Infinity",
-        "[1e999]",
-        "\ufeff1",
-        "1 2",
-        "[" * 100_000,
-        "\udcff",
-    ],
-    ids=lambda text: ascii(text[:20]),
-)
+NOT_JSON = ["", "plain text", "{", "[1,]", "NaN", '{"a": [Infinity]}', "-Infinity", "[1e999]", "\ufeff1", "1 2"]
+
+
+@pytest.mark.parametrize("text", [*NOT_JSON, "[" * 100_000, "\udcff"], ids=lambda text: ascii(text[:20]))
 def test_a_body_that_is_not_json_is_its_own_text(text):
     assert decode(text) == text
 
@@ -143,7 +121,7 @@ def test_loopback_is_told_from_other_hosts(host, is_own):
     assert is_loopback(host) is is_own
 
 
-def test_queues_are_closed_at_the_end_of_a_with_block_and_have_no_surprises_of_their_own():
+def test_queues_are_closed_at_the_end_of_a_with_block():
     closed = []
 
     class Service(Queues):
@@ -151,20 +129,15 @@ def test_queues_are_closed_at_the_end_of_a_with_block_and_have_no_surprises_of_t
             closed.append(self)
 
     with Service() as queues:
-        assert queues.inspect("requests") == []
         assert closed == []
     assert closed == [queues]
 
 
-@pytest.mark.parametrize("url", ["", "queue", "/var/queue", "http://example.org/", "redis://x", "SQLITE", ":", "://"])
-def test_what_names_no_service_is_refused_with_what_would(url):
-    with pytest.raises(
-        ConfigError, match="write sqlite:///PATH, rackspace://USER@REGION, zaqar://CLOUD or sqs://REGION"
-    ):
-        open_queues(url)
-
-
-def test_a_url_that_names_no_service_is_not_repeated_for_it_may_hold_a_secret():
+@pytest.mark.parametrize(
+    "url", ["", "queue", "/var/queue", "http://example.org/", "redis://me:canary@x", "SQLITE", "://"]
+)
+def test_a_url_that_names_no_service_is_refused_with_what_would_and_not_repeated(url):
     with pytest.raises(ConfigError) as refused:
-        open_queues("rackpsace://me:canary@DFW")
+        open_queues(url)
+    assert "write sqlite:///PATH, rackspace://USER@REGION, zaqar://CLOUD or sqs://REGION" in str(refused.value)
     assert "canary" not in str(refused.value)

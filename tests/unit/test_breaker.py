@@ -1,6 +1,7 @@
 """The breaker tells a bad message from a bad maker, by the row of different messages that failed."""
 
 import threading
+from concurrent.futures import Future, wait
 
 import pytest
 
@@ -27,6 +28,9 @@ def fail(breaker, id_, answer=FAILED, *, charge=5, is_well=True):
 def test_ten_different_messages_in_a_row_open_it_and_take_back_what_they_were_charged(now):
     breaker = Breaker()
     for number in range(9):
+        fail(breaker, f"before{number}")
+    breaker.passed(now[0])
+    for number in range(9):
         fail(breaker, f"m{number}")
     fail(breaker, "m0")
     assert not breaker.is_open
@@ -39,35 +43,9 @@ def test_ten_different_messages_in_a_row_open_it_and_take_back_what_they_were_ch
     assert fail(breaker, "m1") == (0, {})
 
 
-def test_one_message_that_fails_again_and_again_never_opens_it(now):
-    breaker = Breaker()
-    for _ in range(30):
-        fail(breaker, "alone")
-
-    assert not breaker.is_open
-
-
-def test_a_pass_empties_the_row(now):
-    breaker = Breaker()
-    for number in range(9):
-        fail(breaker, f"m{number}")
-    breaker.passed(now[0])
-    fail(breaker, "m9")
-
-    assert not breaker.is_open
-
-
-def test_a_wrong_answer_before_the_first_pass_opens_it_at_once(now):
-    breaker = Breaker()
-    fail(breaker, "a", WRONG)
-
-    assert breaker.is_open
-    assert "404" in breaker.reason
-
-
 def test_only_a_post_that_began_after_it_opened_closes_it(now):
     breaker = Breaker()
-    fail(breaker, "a", WRONG)
+    fail(breaker, "a", WRONG)  # opens it at once, because nothing has passed yet
     breaker.passed(now[0] - 1)
     assert breaker.is_open
 
@@ -98,44 +76,34 @@ def test_it_is_hopeless_while_it_is_open_and_waiting_does_not_help(now):
     assert breaker.hopeless_since is None
 
 
-def test_while_it_is_open_one_claim_at_a_time_is_tried():
+def next_turn(breaker):
+    """Whether the turn that another thread now waits for is a try: a future."""
+    found = Future()
+
+    def take():
+        with breaker.turn() as is_try:
+            found.set_result(is_try)
+
+    threading.Thread(target=take, daemon=True).start()
+    return found
+
+
+def test_while_it_is_open_one_claim_at_a_time_is_tried_and_others_go_on_as_soon_as_it_closes(now):
     breaker = Breaker()
     fail(breaker, "a", WRONG)
-    order = []
-
-    def try_another():
-        with breaker.turn() as is_try:
-            order.append(is_try)
 
     with breaker.turn() as is_try:
         breaker.tries("claim")
         assert is_try
         assert breaker.lets("claim")
         assert not breaker.lets("another")
-        other = threading.Thread(target=try_another)
-        other.start()
-        other.join(0.2)
-        assert order == []
-    other.join(10)
-
-    assert order == [True]
-
-
-def test_others_go_on_as_soon_as_it_closes(now):
-    breaker = Breaker()
-    fail(breaker, "a", WRONG)
-    now[0] += 1
-    gone_on = threading.Event()
-
-    def go_on():
-        with breaker.turn() as is_try:
-            assert not is_try
-            gone_on.set()
+        second = next_turn(breaker)
+        wait([second], 0.2)
+        assert not second.done()
+    assert second.result(10) is True
 
     with breaker.turn():
-        other = threading.Thread(target=go_on)
-        other.start()
+        third = next_turn(breaker)
         breaker.passed(now[0])
-        assert gone_on.wait(10)
+        assert third.result(10) is False
         assert breaker.lets("any")
-    other.join()

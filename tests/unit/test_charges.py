@@ -3,6 +3,7 @@
 import statistics
 import time
 from contextlib import closing, contextmanager
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,20 +22,13 @@ LATE, CUT = Answer(failure=Failure.LATE), Answer(failure=Failure.CUT)
 WRONG = Answer(failure=Failure.MISCONFIGURED, status=404)
 
 
-class FakeMaker:
-    def __init__(self, *, is_healthy=True):
-        self.is_healthy = is_healthy
-
-    def is_well(self, since):
-        return self.is_healthy
-
-
 @contextmanager
 def judging(directory, *, is_healthy=True):
     """Charges, and the receive counts and the breaker that they work with."""
+    maker = SimpleNamespace(is_well=lambda since: is_healthy)
     counts, breaker, slots = ReceiveCounts(directory / "counts.sqlite3", "q"), Breaker(), Slots(1, 1)
     with closing(counts), closing(slots):
-        yield Charges(counts, FakeMaker(is_healthy=is_healthy), breaker, slots, Metrics(), most=5), counts, breaker
+        yield Charges(counts, maker, breaker, slots, Metrics(), most=5), counts, breaker
 
 
 def judged(charges, counts, answer, *, id_="m", posted_at=0.0, is_alone=False):
@@ -46,25 +40,25 @@ def judged(charges, counts, answer, *, id_="m", posted_at=0.0, is_alone=False):
     return counts.of([id_])[id_].charged, counts.of([id_])[id_].open
 
 
-CASES = [
-    (FAILED, True, False, (5, 0)),
-    (REFUSED, True, False, (1, 0)),
-    (GATEWAY, True, False, (1, 0)),
-    (LATE, True, False, (1, 0)),
-    (CUT, True, False, (0, 1)),
-    (WRONG, True, False, (0, 0)),
-    (FAILED, False, False, (0, 0)),
-    (GATEWAY, False, False, (0, 1)),
-    (LATE, False, False, (0, 1)),
-    (CUT, True, True, (5, 1)),
-    (LATE, True, True, (5, 0)),
-    (GATEWAY, False, True, (5, 1)),
-    (REFUSED, True, True, (1, 0)),
-]
-"""An answer, whether the maker is well, whether it is a POST of the lane; what is charged then, and left open."""
-
-
-@pytest.mark.parametrize(("answer", "is_healthy", "is_alone", "found"), CASES)
+# An answer, whether the maker is well, whether it is a POST of the lane; what is charged then, and left open.
+@pytest.mark.parametrize(
+    ("answer", "is_healthy", "is_alone", "found"),
+    [
+        (FAILED, True, False, (5, 0)),
+        (REFUSED, True, False, (1, 0)),
+        (GATEWAY, True, False, (1, 0)),
+        (LATE, True, False, (1, 0)),
+        (CUT, True, False, (0, 1)),
+        (WRONG, True, False, (0, 0)),
+        (FAILED, False, False, (0, 0)),
+        (GATEWAY, False, False, (0, 1)),
+        (LATE, False, False, (0, 1)),
+        (CUT, True, True, (5, 1)),
+        (LATE, True, True, (5, 0)),
+        (GATEWAY, False, True, (5, 1)),
+        (REFUSED, True, True, (1, 0)),
+    ],
+)
 def test_a_failure_is_charged_by_its_class_and_leaves_open_what_may_kill_the_maker(
     tmp_path, answer, is_healthy, is_alone, found
 ):
@@ -99,8 +93,7 @@ def delivery(*, took=0.0, receives=1, backoff=0.0, retry_after=0):
 @pytest.mark.parametrize(
     ("took", "receives", "is_charged", "is_well", "seconds"),
     [
-        (0.0, 1, True, True, 1),  # half a second, doubled at each receive
-        (0.0, 4, True, True, 8),
+        (0.0, 4, True, True, 8),  # half a second, doubled at each receive
         (3.0, 2, True, True, 12),  # what its POST took, where that is longer
         (0.0, 30, True, True, 300),
         (0.0, 30, False, True, 10),  # nothing charged: ten times what the POST took, at least 10 s
@@ -127,24 +120,24 @@ def test_a_claim_comes_back_within_its_longest_backoff_but_keeps_no_short_one_ov
     assert statistics.mean(found) == pytest.approx(longest / 2, rel=0.25)
 
 
-def test_a_claim_does_not_come_back_before_the_retry_after_of_its_only_message():
-    assert min(release_delay([delivery(backoff=2.0, retry_after=30)]) for _ in range(50)) == 30
-
-
-def test_a_retry_after_keeps_others_away_for_10_seconds_at_most():
-    asked, other = delivery(backoff=1.0, retry_after=200), delivery(backoff=1.0)
-
-    assert {release_delay([asked, other]) for _ in range(50)} == {10}
+@pytest.mark.parametrize(
+    ("asked", "others", "seconds"),
+    [
+        (delivery(backoff=2.0, retry_after=30), [], 30),
+        (delivery(backoff=1.0, retry_after=200), [delivery(backoff=1.0)], 10),
+    ],
+)
+def test_a_claim_does_not_come_back_before_its_retry_after_but_keeps_others_for_10_seconds_at_most(
+    asked, others, seconds
+):
+    assert {release_delay([asked, *others]) for _ in range(50)} == {seconds}
 
 
 def test_the_tenth_different_message_in_a_row_takes_back_what_the_others_were_charged(tmp_path):
+    ids = [f"m{number}" for number in range(10)]
     with judging(tmp_path) as (charges, counts, _):
-        messages = [Message(f"m{number}", {"widget_id": "w"}, 0.0) for number in range(10)]
-        charged = []
-        for each in charges.deliveries(messages):
-            assert charges.begin([each])
-            each.answer = FAILED
-            charges.judge([each], 0.0)
-            charged.append(sum(receives.charged for receives in counts.of(m.id for m in messages).values()) / 5)
+        found = [judged(charges, counts, FAILED, id_=id_) for id_ in ids]
+        left = [receives.charged for receives in counts.of(ids).values()]
 
-    assert charged == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+    assert found == [(5, 0)] * 9 + [(0, 0)]
+    assert left == [0] * 10

@@ -11,19 +11,21 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import apsw
 import pytest
 from doubles.signing_double import KEY, OLD_KEY, OLD_SECRET, SECRET, signed
 from flask.testing import FlaskClient
+from in_process import run_command
 
-from widget_maker import Faults, Maker
+from widget_maker import Faults, Maker, cli
 from widgets.signing import Signer
 from widgets.store import Widgets
 
 ID = "31f37378-54f4-11e5-ad75-3c970e65f731"
 OTHER_ID = "31f37378-54f4-11e5-ad75-3c970e65f732"
-LIMIT_BYTES = 65_536
+BODY = json.dumps({"widget_id": ID}).encode()
+BATCH = json.dumps([{"message_id": "m1", "request": {"widget_id": ID}}]).encode()
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"}
+Start = Callable[..., FlaskClient]
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def widgets(tmp_path: Path) -> Iterator[Widgets]:
 
 
 @pytest.fixture
-def start(widgets: Widgets) -> Callable[..., FlaskClient]:
+def start(widgets: Widgets) -> Start:
     """A client of a maker with the given faults, further names and signer."""
 
     def start(faults: Faults | None = None, hosts: Sequence[str] = (), signer: Signer | None = None) -> FlaskClient:
@@ -43,7 +45,7 @@ def start(widgets: Widgets) -> Callable[..., FlaskClient]:
 
 
 @pytest.fixture
-def client(start: Callable[..., FlaskClient]) -> FlaskClient:
+def client(start: Start) -> FlaskClient:
     return start()
 
 
@@ -93,7 +95,7 @@ def test_other_keys_of_a_request_are_ignored(client: FlaskClient) -> None:
     assert post_body(client, json.dumps(content)).status_code == 201
 
 
-@pytest.mark.parametrize("widget_id", [OTHER_ID, "nothing", "%00", "a b", "é", "<b>", "'; DROP TABLE widget; --"])
+@pytest.mark.parametrize("widget_id", [OTHER_ID, "%00", "é", "<b>", "'; DROP TABLE widget; --"])
 def test_an_unknown_widget_is_answered_404_as_json_or_as_a_page_for_browsers(
     client: FlaskClient, widget_id: str
 ) -> None:
@@ -120,41 +122,26 @@ def test_a_body_that_is_not_a_json_object_is_answered_400(client: FlaskClient, b
 
 
 def test_a_body_may_have_64_kib_and_not_a_byte_more(client: FlaskClient) -> None:
-    body = json.dumps({"widget_id": ID})
-    assert outcome(post_body(client, body.ljust(LIMIT_BYTES + 1))) == (413, "request_entity_too_large")
-    assert post_body(client, body.ljust(LIMIT_BYTES)).status_code == 201
+    assert outcome(post_body(client, BODY.ljust(65_537))) == (413, "request_entity_too_large")
+    assert post_body(client, BODY.ljust(65_536)).status_code == 201
 
 
-@pytest.mark.parametrize(
-    ("headers", "status"),
-    [
-        ({"Content-Type": "application/json"}, 201),
-        ({"Content-Type": "application/json; charset=UTF-8"}, 201),
-        *(({"Content-Type": f"{what}"}, 415) for what in ("application/jsonx", "text/plain", "multipart/form-data")),
-        ({}, 415),
-    ],
-    ids=str,
-)
-def test_only_json_is_accepted(client: FlaskClient, headers: dict[str, str], status: int) -> None:
-    response = client.post("/widgets", data=json.dumps({"widget_id": ID}), headers=headers)
-    assert response.status_code == status
-    assert (widget_ids(client) == [ID]) == (status == 201)
-    assert status == 201 or outcome(response) == (415, "unsupported_media_type")
+def test_only_json_is_accepted(client: FlaskClient) -> None:
+    for content_type in (None, "application/jsonx", "text/plain", "multipart/form-data"):
+        response = client.post("/widgets", data=BODY, content_type=content_type)
+        assert outcome(response) == (415, "unsupported_media_type")
+    assert widget_ids(client) == []
+    response = client.post("/widgets", data=BODY, content_type="application/json; charset=UTF-8")
+    assert response.status_code == 201
 
 
 @pytest.mark.parametrize(
     "widget_id",
     [
-        *("this_is_not_a_valid_widget_id", "", f"{ID}\n", f" {ID}", f"{{{ID}}}", f"urn:uuid:{ID}", ID.replace("-", "")),
-        *(ID.replace("3", "٣"), ID.replace("f", "\N{FULLWIDTH LATIN SMALL LETTER F}"), ID[:-1], "x" * 60_000),
-        *("\x1b[2J\r\n\u2028\ud800", ID.replace("31f3", "+1f3"), ID.replace("31f3", "3_f3")),
-        *(
-            ID.replace("11e5", "41e5"),
-            ID.replace("11e5", "71e5"),
-            ID.replace("ad75", "cd75"),
-            ID.replace("ad75", "7d75"),
-        ),
-        *(5, 1.5, True, None, [ID], {"id": ID}),
+        *("this_is_not_a_valid_widget_id", f"{ID}\n", f"{{{ID}}}", f"urn:uuid:{ID}", ID.replace("-", ""), ID[:-1]),
+        *(ID.replace("3", "٣"), ID.replace("31f3", "+1f3"), ID.replace("31f3", "3_f3")),
+        *(ID.replace("11e5", "41e5"), ID.replace("ad75", "cd75")),
+        *("x" * 60_000, "\x1b[2J\r\n\u2028\ud800", 5, True, None, [ID]),
     ],
     ids=lambda widget_id: ascii(widget_id)[:40],
 )
@@ -217,21 +204,15 @@ def test_a_batch_may_have_20_requests_of_the_greatest_size(client: FlaskClient) 
     assert outcome(post_batch(client, *filled, {**item("more"), "filling": "x" * 20_000}))[0] == 413
 
 
-BODY = json.dumps({"widget_id": ID}).encode()
-BATCH = json.dumps([{"message_id": "m1", "request": {"widget_id": ID}}]).encode()
-
-
 @pytest.mark.parametrize(("path", "body"), [("/widgets", BODY), ("/widgets/batch", BATCH)])
-def test_a_maker_with_secrets_creates_only_what_one_of_them_signed(
-    start: Callable[..., FlaskClient], path: str, body: bytes
-) -> None:
+def test_a_maker_with_secrets_creates_only_what_one_of_them_signed(start: Start, path: str, body: bytes) -> None:
     client = start(None, (), Signer(f"{SECRET} {OLD_SECRET}", "a test"))
     refused = [
         ({}, "--signing-secret-file"),
         (signed(body, key=b"another key of quite the same size"), "--signing-secret-file"),
-        (signed(body + b" "), "--signing-secret-file"),
+        (signed(body) | {"webhook-id": "\xe9"}, "--signing-secret-file"),
+        (signed(body) | {"webhook-signature": " ".join(["v1,\xe9\xff"] * 20_000)}, "--signing-secret-file"),
         (signed(body, ahead_s=-310), "set the clocks"),
-        (signed(body, ahead_s=310), "set the clocks"),
     ]
     for headers, advice in refused:
         response = post_body(client, body, path, **headers)
@@ -265,7 +246,7 @@ def test_pages_show_every_widget_once_and_newest_first_also_while_more_are_creat
     "query",
     [
         *("limit=0", "limit=101", "limit=-1", "limit=", "limit=x", "limit=" + "9" * 5000),
-        *("after=x", "after=-1", "after=1.5", "after=92233720368547758080", "after=" + "9" * 5000),
+        *("after=x", "after=-1", "after=92233720368547758080", "after=" + "9" * 5000),
     ],
     ids=lambda text: text[:30],
 )
@@ -289,30 +270,36 @@ def ways(page: str) -> dict[str, str]:
     return {name: html.unescape(link) for link, name in links}
 
 
-def test_the_page_shows_the_newest_widgets_and_the_totals(start: Callable[..., FlaskClient]) -> None:
-    client = start(Faults(fail_rate=1, fault_id=frozenset([OTHER_ID])))
-    posted(client, 25)
-    for widget_id in (number_n(0), "no id", OTHER_ID):
+def test_the_page_and_the_metrics_count_what_happened(start: Start) -> None:
+    client = start(Faults(fail_rate=1, latency=0.001, fault_id=[OTHER_ID]))
+    for widget_id in (ID, ID, "no id", OTHER_ID):
         post(client, widget_id)
     post_body(client, "{")
-    post_batch(client, item("m", "no id"), item("n", OTHER_ID))
+    post_batch(client, item("m", "no id"), item("n", number_n(0)))
     for asked in ("/favicon.ico", f"/widgets/{OTHER_ID}", "/?limit=0"):  # no request for a widget
         assert client.get(asked).status_code in {400, 404}
+    assert {line for line in client.get("/metrics").text.splitlines() if not line.startswith("#")} == {
+        'widget_maker_posts_total{outcome="created"} 2.0',
+        'widget_maker_posts_total{outcome="repeated"} 1.0',
+        'widget_maker_rejections_total{code="bad_widget_id"} 2.0',
+        'widget_maker_rejections_total{code="bad_json"} 1.0',
+        'widget_maker_faults_total{fault="latency"} 1.0',
+        'widget_maker_faults_total{fault="failure"} 1.0',
+    }
     text = browse(client, "/")
-    for mark in ('<meta http-equiv="refresh"', "live.js"):
-        assert mark in text
-        assert mark not in browse(client, "/?after=5")
-    assert shown_ids(text) == [number_n(number) for number in range(24, 0, -1)]
-    assert ">25 widgets made</h1>" in text
-    totals = {"Requests": "26", "Rejected requests": "3", "Faults played": "2"}
+    assert ">2 widgets made</h1>" in text
+    totals = {"Requests": "3", "Rejected requests": "3", "Faults played": "2"}
     assert dict(re.findall(r'<dt>(.+?)</dt><dd class="number">(.+?)</dd>', text)) == totals
-    parts = ["25 created", "1 repeated", "2 bad widget id", "1 bad json", "2 failure"]
+    parts = ["2 created", "1 repeated", "2 bad widget id", "1 bad json", "1 latency", "1 failure"]
     assert re.findall(r'<dd class="note">(.+?)</dd>', text) == parts
 
 
 def test_pages_lead_from_the_newest_to_the_oldest_widget_and_back(client: FlaskClient) -> None:
     made = posted(client, 45)
     text, seen = browse(client, "/"), []
+    for mark in ('<meta http-equiv="refresh"', "live.js"):
+        assert mark in text
+        assert mark not in browse(client, "/?after=5")
     assert ways(text).keys() == {"Older", "Oldest"}
     while True:
         seen += shown_ids(text)
@@ -330,16 +317,13 @@ def test_pages_lead_from_the_newest_to_the_oldest_widget_and_back(client: FlaskC
     ("faults", "says"),
     [
         (Faults(), []),
-        (Faults(fail_rate=0.25), ["25% of POSTs fail."]),
         (Faults(fail_rate=0.001, latency=0.5), ["0.1% of POSTs fail and answers come 0.5 s late."]),
         (Faults(fail_rate=1, fault_id=frozenset([ID])), ["100% of POSTs fail, for 1 widget id only."]),
         (Faults(fail_rate=1, outage=(0, 1e9)), ["every POST is answered 503."]),
     ],
     ids=str,
 )
-def test_the_page_says_what_faults_are_played(
-    start: Callable[..., FlaskClient], faults: Faults, says: list[str]
-) -> None:
+def test_the_page_says_what_faults_are_played(start: Start, faults: Faults, says: list[str]) -> None:
     notices = re.findall(r'<p class="notice"><strong>.+?</strong>(.+?)</p>', browse(start(faults), "/"), re.S)
     assert [" ".join(notice.split()) for notice in notices] == says
 
@@ -352,10 +336,11 @@ def test_a_picture_is_the_same_for_one_widget_on_every_page_and_differs_between_
     assert picture.findall(browse(client, f"/widgets/{number_n(19)}")) == listed[:1]
 
 
-@pytest.mark.parametrize("searched", ["0000001", " 0000001 ", "00000010-54F4-11e5", number_n(0x10)])
-def test_a_search_finds_the_widgets_whose_ids_begin_so(client: FlaskClient, searched: str) -> None:
-    expected = posted(client, 0x20)[0x10:]
-    assert shown_ids(browse(client, "/search", id=searched)) == (expected[:1] if "-" in searched else expected)
+def test_a_search_finds_the_widgets_whose_ids_begin_so(client: FlaskClient) -> None:
+    made = posted(client, 0x20)
+    assert shown_ids(browse(client, "/search", id=" 0000001 ")) == made[0x10:]
+    for searched in ("00000010-54F4-11e5", number_n(0x10)):
+        assert shown_ids(browse(client, "/search", id=searched)) == [number_n(0x10)]
 
 
 def test_what_a_search_found_has_pages_too(client: FlaskClient) -> None:
@@ -366,7 +351,7 @@ def test_what_a_search_found_has_pages_too(client: FlaskClient) -> None:
     assert seen == made
 
 
-@pytest.mark.parametrize("searched", ["g", "<script>alert(1)</script>", "%", "_", "\0", OTHER_ID, "x" * 5000])
+@pytest.mark.parametrize("searched", ["<script>alert(1)</script>", "%", "_", "\0", OTHER_ID, "x" * 5000])
 def test_a_search_that_finds_nothing_says_so(client: FlaskClient, searched: str) -> None:
     post(client)
     text = browse(client, "/search", id=searched)
@@ -383,7 +368,6 @@ def test_the_page_needs_no_file_from_elsewhere(client: FlaskClient) -> None:
     for link in links:
         assert link.startswith("/")
         assert client.get(link, buffered=True).status_code == 200
-    assert "url(" not in client.get("/static/widgets.css", buffered=True).text
 
 
 def test_the_description_names_every_route_and_its_methods(client: FlaskClient) -> None:
@@ -397,7 +381,7 @@ def test_the_description_names_every_route_and_its_methods(client: FlaskClient) 
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "LOCALHOST:5000", "[::1]:5000", "10.1.2.3:80", "Widgets.Example:80", ""])
-def test_addresses_and_its_allowed_names_are_answered_at_any_port(start: Callable[..., FlaskClient], host: str) -> None:
+def test_addresses_and_its_allowed_names_are_answered_at_any_port(start: Start, host: str) -> None:
     assert start(None, ["widgets.example"]).get("/", headers={"Host": host}).status_code == 200
 
 
@@ -412,13 +396,23 @@ def test_any_other_host_is_answered_421_with_advice_but_a_probe_may_name_any(cli
     assert widget_ids(client) == []
 
 
+OPTIONS = "--port=0", "--fail-rate=1.1", "--latency=-1", "--outage=5", "--outage=1:2:3"
+HOSTS = "--allowed-host=", "--allowed-host=x:80", "--allowed-host=http://x"
+
+
+@pytest.mark.parametrize("option", OPTIONS + HOSTS)
+def test_a_wrong_option_is_one_line_and_exit_2(tmp_path: Path, option: str) -> None:
+    ended = run_command(cli, option, "--database", tmp_path / "missing" / "file")  # with which it cannot start
+    assert (ended.code, ended.out, len(ended.err.splitlines())) == (2, "", 1)
+    assert ended.err.startswith("error: ")
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
         *(("GET", path, 200) for path in ("/", "/widgets", "/healthz", "/metrics", "/static/widgets.css")),
         *(("GET", path, 404) for path in ("/nothing", "/static/../widget_maker.py", "/widgets/")),
-        *(("GET", "/widgets?limit=0", 400), ("DELETE", "/widgets", 405), ("POST", "/widgets", 415), ("POST", "/", 405)),
-        ("OPTIONS", "/widgets", 200),
+        *(("GET", "/widgets?limit=0", 400), ("DELETE", "/widgets", 405), ("POST", "/widgets", 415)),
     ],
 )
 def test_every_answer_says_who_it_is_and_allows_other_web_sites_nothing(
@@ -443,32 +437,16 @@ def test_a_bug_is_answered_500_without_its_traceback(client: FlaskClient) -> Non
     assert "ZeroDivisionError" not in response.text
 
 
-def test_the_metrics_count_what_happened(start: Callable[..., FlaskClient]) -> None:
-    client = start(Faults(fail_rate=1, latency=0.001, fault_id=[OTHER_ID]))
-    for widget_id in (ID, ID, "no id", OTHER_ID):
-        post(client, widget_id)
-    client.get("/nothing")
-    samples = {line for line in client.get("/metrics").text.splitlines() if not line.startswith("#")}
-    assert samples == {
-        'widget_maker_posts_total{outcome="created"} 1.0',
-        'widget_maker_posts_total{outcome="repeated"} 1.0',
-        'widget_maker_rejections_total{code="bad_widget_id"} 1.0',
-        'widget_maker_faults_total{fault="latency"} 1.0',
-        'widget_maker_faults_total{fault="failure"} 1.0',
-    }
-
-
-def test_the_fail_rate_is_the_share_of_valid_requests_answered_500(start: Callable[..., FlaskClient]) -> None:
+def test_the_fail_rate_is_the_share_of_valid_requests_answered_500(start: Start) -> None:
     random.seed(1)
     client = start(Faults(fail_rate=0.3))
     found = answers(post_batch(client, *(item(str(number), number_n(number)) for number in range(2000))))
     failed = Counter(status for status, _ in found.values())
     assert failed.keys() == {500, 201}
     assert 500 < failed[500] < 700
-    assert client.get("/").text.count("<li id=") == 24
 
 
-def test_faults_can_strike_one_id_only_also_in_a_batch_which_waits_once(start: Callable[..., FlaskClient]) -> None:
+def test_faults_can_strike_one_id_only_also_in_a_batch_which_waits_once(start: Start) -> None:
     client = start(Faults(fail_rate=1, latency=0.2, fault_id=[ID]))
     began = time.monotonic()
     found = answers(post_batch(client, item("struck", ID.upper()), item("twice"), item("spared", OTHER_ID)))
@@ -479,19 +457,9 @@ def test_faults_can_strike_one_id_only_also_in_a_batch_which_waits_once(start: C
 
 
 @pytest.mark.parametrize(("seconds", "is_out"), [(-10, False), (10, True), (90, True), (110, False)])
-def test_an_outage_lasts_from_its_start_to_its_end(
-    start: Callable[..., FlaskClient], seconds: int, is_out: bool
-) -> None:
+def test_an_outage_lasts_from_its_start_to_its_end(start: Start, seconds: int, is_out: bool) -> None:
     client = start(Faults(outage=(time.monotonic() - seconds, 100)))
     for response in (post(client), post_batch(client, item("m", OTHER_ID)), client.get("/healthz")):
         assert response.status_code in ({503} if is_out else {200, 201})
         assert not is_out or (outcome(response), response.headers["Retry-After"]) == ((503, "outage"), "1")
     assert client.get("/").status_code == 200
-
-
-def test_a_file_that_cannot_be_used_is_answered_503_without_naming_it(client: FlaskClient, tmp_path: Path) -> None:
-    with closing(apsw.Connection(str(tmp_path / "widgets.sqlite3"))) as other_process:
-        other_process.execute("DROP TABLE widget")
-    response = post(client)
-    assert (outcome(response), response.headers["Retry-After"]) == ((503, "store_unavailable"), "1")
-    assert "sqlite" not in response.text

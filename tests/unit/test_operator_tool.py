@@ -3,14 +3,13 @@
 import json
 import resource
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process import Ended, run_command
+from in_process import Ended, failing, noted_posts, open_as, run_command
 
-import claim_queues.cli
 from claim_queues import (
     JSON,
     Claim,
@@ -44,13 +43,7 @@ def queues() -> Iterator[Queues]:
 @pytest.fixture
 def use(queues: Queues, monkeypatch: pytest.MonkeyPatch) -> Use:
     """Let the tool open the queue file as another kind of queues, or with other limits."""
-
-    def install(kind: type[SqliteQueues] = SqliteQueues, **limits: Any) -> None:
-        path = Path(queues.address.removeprefix("sqlite:///"))
-        kind = type("Other", (kind,), {"limits": replace(kind.limits, **limits)})
-        monkeypatch.setattr(claim_queues.cli, "open_queues", lambda url: kind(path))
-
-    return install
+    return partial(open_as, monkeypatch)
 
 
 def tool(*options: object) -> Ended:
@@ -65,6 +58,10 @@ def letter(number: int) -> dict[str, JSON]:
         "reason": "HTTP 500",
         "receive_count": 5,
     }
+
+
+def first_words(ended: Ended) -> list[str]:
+    return [line.split()[0] for line in ended.lines]
 
 
 def bodies(queues: Queues, queue: str) -> list[JSON]:
@@ -98,8 +95,8 @@ def test_stats_as_json_has_a_line_for_each_queue(queues: Queues) -> None:
     first, *others = map(json.loads, tool("stats", "--json").lines)
     assert first.pop("oldest_age") < 60
     assert first == {"queue": REQUESTS, "free": 1, "claimed": 0, "delayed": 0, "total": 1}
-    assert others[0] == {"queue": RESPONSES, "free": 0, "claimed": 0, "delayed": 0, "total": 0, "oldest_age": None}
-    assert len(others) == 2
+    nothing = {"free": 0, "claimed": 0, "delayed": 0, "total": 0, "oldest_age": None}
+    assert others == [{"queue": RESPONSES, **nothing}, {"queue": LETTERS, **nothing}]
 
 
 # peek
@@ -109,7 +106,7 @@ def test_peek_shows_the_oldest_ten_claimed_ones_too_without_claiming_them(queues
     ids = queues.post(REQUESTS, [{"widget_id": str(number)} for number in range(12)])
     take(queues, REQUESTS)
     ended = tool("peek")
-    assert [line.split()[0] for line in ended.lines] == ids[:10]
+    assert first_words(ended) == ids[:10]
     assert ended.lines[1].split(" ", 3)[1:] == ["0s", "-", '{"widget_id": "1"}']
     assert queues.stats(REQUESTS).claimed == 1
 
@@ -140,16 +137,10 @@ def test_peek_as_json_shows_the_whole_message_with_its_receives(queues: Queues, 
     assert shown == {"id": id_, "body": {"widget_id": "x" * 1000}, "receive_count": 3}
 
 
-@pytest.mark.parametrize("command", [["peek"], ["dead-letters"], ["redrive", "--dry-run"]])
-def test_looking_is_refused_with_the_reason_where_the_service_cannot(command: list[str], use: Use) -> None:
-    class Blind(SqliteQueues):
-        def browse(self, queue: str, **options: Any) -> tuple[list[Message], str]:
-            raise ConfigError("Blind cannot show messages without claiming them")
-
-    use(Blind, can_browse=False, service="Blind")
-    ended = tool(*command)
-    assert (ended.code, ended.out) == (2, "")
-    assert ended.err.endswith("Blind cannot show messages without claiming them\n")
+@pytest.mark.parametrize("command", ["peek", "dead-letters"])
+def test_looking_is_refused_with_the_reason_where_the_service_cannot(command: str, use: Use) -> None:
+    use(failing(browse=ConfigError("Blind cannot show messages without claiming them")))
+    assert tool(command) == Ended(2, "", "error: Blind cannot show messages without claiming them\n")
 
 
 # dead-letters
@@ -174,44 +165,23 @@ def test_dead_letters_as_json_shows_all_that_is_known(queues: Queues) -> None:
 
 
 def test_redrive_posts_the_original_bodies_in_order_and_deletes_the_letters(queues: Queues) -> None:
-    queues.post(LETTERS, [letter(number) for number in range(45)])
+    odd = [{"widget_id": "a", "big": 2**64 + 1, "small": -(10**30)}, "gASV raw \ud800", 10**40, None]
+    originals = [*odd, *({"widget_id": f"w{number}"} for number in range(41))]
+    queues.post(LETTERS, [letter(number) | {"body": body} for number, body in enumerate(originals)])
     ended = tool("redrive")
     found, _ = queues.browse(REQUESTS, limit=100)
-    assert [message.body for message in found] == [letter(number)["body"] for number in range(45)]
+    assert [message.body for message in found] == originals
     assert ended == Ended(0, "".join(f"old-{number} {message.id}\n" for number, message in enumerate(found)), "")
     assert queues.stats(LETTERS).total == 0
 
 
-@pytest.mark.parametrize(
-    "body", [{"widget_id": "a", "big": 2**64 + 1, "small": -(10**30)}, "gASV raw \ud800", 10**40, None], ids=str
-)
-def test_a_body_comes_back_as_it_was(body: JSON, queues: Queues) -> None:
-    queues.post(LETTERS, [letter(1) | {"body": body}])
-    assert tool("redrive").code == 0
-    assert bodies(queues, REQUESTS) == [body]
-
-
 def test_a_redriven_request_has_the_given_ttl_where_the_service_has_one_for_each(queues: Queues, use: Use) -> None:
-    given: list[int | None] = []
-
-    class Noting(SqliteQueues):
-        def post(self, queue: str, bodies: Any, **options: Any) -> list[str]:
-            given.append(options["ttl"])
-            return super().post(queue, bodies, **options)
-
     queues.post(LETTERS, [letter(1), letter(2)])
-    use(Noting)
-    assert tool("redrive", "--ttl", 61, "--limit", 1).code == 0
-    use(Noting, has_message_ttl=False, service="OneLife")
-    assert tool("redrive").code == 0
-    assert given == [61, None]
-    assert tool("redrive", "--ttl", 60).err == "error: --ttl: OneLife has one message TTL for the whole queue\n"
-
-
-def test_redrive_takes_the_oldest_up_to_the_limit(queues: Queues) -> None:
-    queues.post(LETTERS, [letter(number) for number in range(30)])
-    assert [line.split()[0] for line in tool("redrive", "--limit", 25).lines] == [f"old-{n}" for n in range(25)]
-    assert bodies(queues, LETTERS) == [letter(number) for number in range(25, 30)]
+    with noted_posts() as post:
+        assert tool("redrive", "--ttl", 61, "--limit", 1).code == 0
+        use(has_message_ttl=False)
+        assert tool("redrive").code == 0
+    assert [call.kwargs["ttl"] for call in post.call_args_list] == [61, None]
 
 
 def test_a_dry_run_shows_what_would_be_brought_back_and_changes_nothing(queues: Queues) -> None:
@@ -225,15 +195,13 @@ def test_what_is_no_dead_letter_stays_and_is_free_again_afterwards(queues: Queue
     strange = ["text", {"request_id": "x"}, {"body": 1}, {"body": 1, "request_id": 2}]
     queues.post(LETTERS, [*strange, letter(1), "more", letter(2)])
     ended = tool("redrive", "--limit", 2)
-    assert [line.split()[0] for line in ended.lines] == ["old-1", "old-2"]
-    assert ended.code == 1
+    assert (ended.code, first_words(ended)) == (1, ["old-1", "old-2"])
     assert ended.err == "error: 5 messages stay: not dead letters, or taken by another meanwhile\n"
     assert bodies(queues, LETTERS) == [*strange, "more"]
     assert queues.stats(LETTERS).free == 5
 
 
-@pytest.mark.parametrize("options", [[], ["--limit", 10]], ids=str)
-def test_a_letter_that_fails_again_meanwhile_does_not_go_round(queues: Queues, use: Use, options: list[object]) -> None:
+def test_a_letter_that_fails_again_meanwhile_does_not_go_round(queues: Queues, use: Use) -> None:
     class FailingAtOnce(SqliteQueues):
         def post(self, queue: str, bodies: Any, **options: Any) -> list[str]:
             super().post(LETTERS, [letter(9)] * len(bodies))
@@ -241,28 +209,12 @@ def test_a_letter_that_fails_again_meanwhile_does_not_go_round(queues: Queues, u
 
     queues.post(LETTERS, [letter(1), letter(2)])
     use(FailingAtOnce)
-    assert [line.split()[0] for line in tool("redrive", *options).lines] == ["old-1", "old-2"]
-
-
-def test_a_letter_is_deleted_only_after_its_request_is_stored(queues: Queues, use: Use) -> None:
-    class Full(SqliteQueues):
-        def post(self, queue: str, bodies: Any, **options: Any) -> list[str]:
-            raise StoreError("no space is left")
-
-    queues.post(LETTERS, [letter(1), letter(2)])
-    use(Full)
-    assert tool("redrive") == Ended(5, "", "error: no space is left\n")
-    assert bodies(queues, LETTERS) == [letter(1), letter(2)]
-    assert queues.stats(LETTERS).free == 2
+    assert first_words(tool("redrive")) == ["old-1", "old-2"]
 
 
 def test_a_redrive_that_breaks_between_post_and_delete_repeats_but_loses_nothing(queues: Queues, use: Use) -> None:
-    class Breaking(SqliteQueues):
-        def settle(self, claim: Claim, settlements: Sequence[Settlement]) -> Settled:
-            raise QueueUnavailable("gone")
-
     queues.post(LETTERS, [letter(1)])
-    use(Breaking)
+    use(failing(settle=QueueUnavailable("gone")))
     ended = tool("redrive")
     ((request,), _) = queues.browse(REQUESTS)
     assert ended == Ended(1, f"old-1 {request.id}\n", "error: gone\n")
@@ -280,8 +232,7 @@ def test_a_post_without_an_answer_leaves_its_letter_and_those_behind_it(queues: 
     queues.post(LETTERS, [letter(0), letter(1), letter(2)])
     use(HalfWay)
     ended = tool("redrive")
-    assert (ended.code, ended.err) == (6, "error: half way\n")
-    assert [line.split()[0] for line in ended.lines] == ["old-0"]
+    assert (ended.code, first_words(ended), ended.err) == (6, ["old-0"], "error: half way\n")
     assert bodies(queues, REQUESTS) == [letter(0)["body"], letter(1)["body"]]
     assert (bodies(queues, LETTERS), queues.stats(LETTERS).free) == ([letter(1), letter(2)], 2)
 
@@ -298,6 +249,14 @@ def test_a_letter_that_another_took_meanwhile_is_told(queues: Queues, use: Use) 
     assert ended.code == 1
     assert ended.err == "error: 1 messages stay: not dead letters, or taken by another meanwhile\n"
     assert bodies(queues, LETTERS) == [letter(1)]
+
+
+def test_a_redrive_says_what_a_claim_holds(queues: Queues) -> None:
+    queues.post(LETTERS, [letter(1), letter(2)])
+    take(queues, LETTERS)
+    ended = tool("redrive")
+    assert (ended.code, first_words(ended)) == (0, ["old-2"])
+    assert ended.err == f"{LETTERS}: 1 are claimed until their claims end, perhaps by another redrive\n"
 
 
 def test_redrive_finds_what_a_claim_without_a_wait_overlooks(queues: Queues, use: Use) -> None:
@@ -336,8 +295,7 @@ def test_purge_without_a_terminal_to_ask_at_is_refused_whatever_the_environment_
 
 def test_check_says_that_all_is_well(queues: Queues) -> None:
     ended = tool("check")
-    assert ended.code == 0
-    assert {line.split()[0] for line in ended.lines} == {"ok"}
+    assert (ended.code, set(first_words(ended))) == (0, {"ok"})
     assert f"ok      the embedded queue opened: {queues.address}" in ended.lines
     assert "ok      credentials: none are needed" in ended.lines
     assert f"ok      queue {LETTERS}: 0 messages" in ended.lines
@@ -348,41 +306,25 @@ def test_check_says_what_the_service_cannot_do_and_what_would_surprise(queues: Q
         def inspect(self, queue: str, *, is_posted_to: bool = False) -> list[str]:
             return [f"{queue} has a receive limit"]
 
-    use(
-        Surprising,
-        can_browse=False,
-        release_delay=0,
-        has_grace=False,
-        has_message_ttl=False,
-        service="Bare",
-    )
+    use(Surprising, can_browse=False, release_delay=0, has_grace=False, has_message_ttl=False, service="Bare")
     ended = tool("check")
-    warnings = [line for line in ended.lines if line.startswith("warning")]
-    assert (ended.code, len(warnings)) == (0, 3 + 4)
-    assert f"warning {REQUESTS} has a receive limit" in warnings
-    assert "warning Bare has no grace: a message can expire while it is claimed" in warnings
+    assert (ended.code, first_words(ended).count("warning")) == (0, 3 + 4)
+    assert f"warning {REQUESTS} has a receive limit" in ended.lines
+    assert "warning Bare has no grace: a message can expire while it is claimed" in ended.lines
 
 
-@pytest.mark.parametrize(
-    ("error", "code"), [(CredentialsError("who are you"), 4), (StoreError("is damaged"), 1), (QueueUnavailable("x"), 1)]
-)
-def test_check_goes_on_after_a_failure(queues: Queues, use: Use, error: Exception, code: int) -> None:
-    class Failing(SqliteQueues):
-        def inspect(self, queue: str, *, is_posted_to: bool = False) -> list[str]:
-            raise error
-
-    use(Failing)
+def test_check_goes_on_after_a_failure(use: Use) -> None:
+    use(failing(inspect=CredentialsError("who are you")))
     ended = tool("check")
-    assert ended.code == code
-    assert [line for line in ended.lines if line.startswith("failure")] == [f"failure {error}"] * 3
+    assert (ended.code, ended.lines.count("failure who are you")) == (4, 3)
 
 
 def test_an_early_refusal_of_credentials_outweighs_later_failures(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report()
-    for problem, code in (("words", 1), (CredentialsError("who are you"), 4), (StoreError("is damaged"), 4)):
+    for problem, code in ((StoreError("is damaged"), 1), (CredentialsError("who are you"), 4), ("words", 4)):
         report.failure(problem)
         assert report.exit_code == code
-    assert capsys.readouterr().out.splitlines() == ["failure words", "failure who are you", "failure is damaged"]
+    assert capsys.readouterr().out.splitlines() == ["failure is damaged", "failure who are you", "failure words"]
 
 
 def test_a_state_file_in_memory_is_a_warning_and_one_on_a_disk_is_fine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -407,33 +349,31 @@ def test_more_slots_than_this_process_may_open_connections_are_refused() -> None
 
 # every command
 
-
-@pytest.mark.parametrize("command", [["stats"], ["peek"], ["dead-letters"], ["redrive", "--dry-run"], ["check"]])
-@pytest.mark.parametrize("is_there", [True, False])
-def test_looking_changes_no_message_and_makes_no_file(command: list[str], is_there: bool, tmp_path: Path) -> None:
-    path = tmp_path / "q.sqlite3"
-    if is_there:
-        with SqliteQueues(path) as queues:
-            queues.post(LETTERS, [letter(1)])
-    ended = tool(*command, "--queue-url", f"sqlite:///{path}")
-    is_check = command == ["check"]
-    assert ended.code == (0 if is_there or is_check else 1)
-    if is_there:
-        with SqliteQueues(path) as queues:
-            assert (bodies(queues, LETTERS), queues.stats(LETTERS).free) == ([letter(1)], 1)
-    else:
-        assert ("is made at its first use" if is_check else "does not exist") in ended.out + ended.err
-        assert is_check or "create it with --create" in ended.out + ended.err
-        assert [found.name for found in tmp_path.iterdir()] == []
+LOOKS = [["stats"], ["peek"], ["dead-letters"], ["redrive", "--dry-run"]]
 
 
-@pytest.mark.parametrize(
-    "command", [["stats"], ["peek"], ["dead-letters"], ["redrive"], ["purge", "dead-letter", "--yes"]]
-)
-def test_create_makes_what_is_missing(command: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [*LOOKS, ["check"]])
+def test_looking_changes_no_message(command: list[str], queues: Queues) -> None:
+    queues.post(LETTERS, [letter(1)])
+    assert tool(*command).code == 0
+    assert (bodies(queues, LETTERS), queues.stats(LETTERS).free) == ([letter(1)], 1)
+
+
+@pytest.mark.parametrize("command", [*LOOKS, ["redrive"], ["purge", "dead-letter", "--yes"]])
+def test_a_missing_queue_is_made_only_with_create(command: list[str], tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/q"
-    assert tool(*command, "--queue-url", url).code == 1
+    ended = tool(*command, "--queue-url", url)
+    assert ended.code == 1
+    assert "does not exist" in ended.err
+    assert "create it with --create" in ended.err
+    assert list(tmp_path.iterdir()) == []
     assert tool(*command, "--queue-url", url, "--create").code == 0
+
+
+def test_check_takes_a_queue_that_will_be_made_for_a_good_one_and_makes_none(tmp_path: Path) -> None:
+    ended = tool("check", "--queue-url", f"sqlite:///{tmp_path}/q")
+    assert (ended.code, ended.out.count("is made at its first use")) == (0, 3)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -441,17 +381,8 @@ def test_create_makes_what_is_missing(command: list[str], tmp_path: Path) -> Non
     [
         (["peek"], f"{REQUESTS}: nothing to show"),
         (["dead-letters"], f"{LETTERS}: nothing to show"),
-        (["redrive", "--dry-run"], f"{LETTERS}: nothing to show"),
         (["redrive"], f"{LETTERS}: no dead letters to bring back"),
     ],
 )
 def test_an_empty_queue_is_said_on_stderr(queues: Queues, command: list[str], said: str) -> None:
     assert tool(*command) == Ended(0, "", f"{said}\n")
-
-
-def test_a_redrive_says_what_a_claim_holds(queues: Queues) -> None:
-    queues.post(LETTERS, [letter(1), letter(2)])
-    assert queues.claim(LETTERS, ttl=300, grace=60, limit=1)
-    ended = tool("redrive")
-    assert (ended.code, len(ended.lines)) == (0, 1)
-    assert ended.err == f"{LETTERS}: 1 are claimed until their claims end, perhaps by another redrive\n"

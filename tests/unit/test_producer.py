@@ -3,17 +3,15 @@
 import json
 import re
 import signal
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process import Ended, run_command
+from in_process import Ended, failing, noted_posts, open_as, run_command
 
-import claim_queues.cli
 from claim_queues import JSON, Message, PostIncomplete, QueueUnavailable
 from claim_queues.cli import state_path
 from claim_queues.sqlite import SqliteQueues
@@ -33,48 +31,42 @@ def queues() -> Iterator[SqliteQueues]:
 
 
 @pytest.fixture
-def use(monkeypatch: pytest.MonkeyPatch, queues: SqliteQueues) -> Use:
+def use(monkeypatch: pytest.MonkeyPatch) -> Use:
     """Let the producer open the queue file as this kind of queues, with these limits."""
-
-    def install(kind: type[SqliteQueues] = SqliteQueues, **limits: Any) -> None:
-        kind = type("Other", (kind,), {"limits": replace(kind.limits, **limits)})
-        path = Path(queues.address.removeprefix("sqlite:///"))
-        monkeypatch.setattr(claim_queues.cli, "open_queues", lambda url: kind(path))
-
-    return install
+    return partial(open_as, monkeypatch)
 
 
 def produce(*options: object, stdin: bytes = b"") -> Ended:
     return run_command(cli, *options, stdin=stdin)
 
 
-def messages(queues: SqliteQueues, queue: str = REQUESTS) -> list[Message]:
-    return queues.browse(queue, limit=1_000_000)[0]
-
-
 def posted(queues: SqliteQueues, queue: str = REQUESTS) -> list[tuple[str, JSON]]:
-    return [(message.id, message.body) for message in messages(queues, queue)]
+    return [(message.id, message.body) for message in queues.browse(queue, limit=1_000_000)[0]]
+
+
+def ids_of(ended: Ended) -> list[str]:
+    """The widget ids in the lines for programs."""
+    return [line.split()[1] for line in ended.lines]
 
 
 def answer(request_id: str, outcome: str = "created", **more: JSON) -> dict[str, JSON]:
     return {"version": 1, "request_id": request_id, "outcome": outcome, "reason": None, **more}
 
 
-class Answering(SqliteQueues):
-    """Has responses on the queue as soon as requests are stored. respond: makes them of the requests' ids."""
-
-    @staticmethod
-    def respond(ids: Sequence[str]) -> Sequence[JSON]:
-        return [answer(id_) for id_ in ids]
-
-    def post(self, queue: str, bodies: Any, **options: Any) -> list[str]:
-        ids = super().post(queue, bodies, **options)
-        super().post(RESPONSES, self.respond(ids))
-        return ids
+def created(ids: Sequence[str]) -> list[JSON]:
+    return [answer(id_) for id_ in ids]
 
 
-def answering(respond: Callable[[Sequence[str]], Sequence[JSON]]) -> type[SqliteQueues]:
-    return type("AnsweringSo", (Answering,), {"respond": staticmethod(respond)})
+def answering(respond: Callable[[Sequence[str]], Sequence[JSON]] = created) -> type[SqliteQueues]:
+    """Queues that have these responses as soon as requests are stored. respond: makes them of the requests' ids."""
+
+    class Answering(SqliteQueues):
+        def post(self, queue: str, bodies: Any, **options: Any) -> list[str]:
+            ids = super().post(queue, bodies, **options)
+            super().post(RESPONSES, respond(ids))
+            return ids
+
+    return Answering
 
 
 # Random ids
@@ -99,16 +91,10 @@ def test_each_widget_id_becomes_a_request_and_a_line_with_its_message_id(queues:
 
 
 def test_count_posts_so_many_random_ids_in_batches_that_the_service_takes(queues: SqliteQueues, use: Use) -> None:
-    sizes: list[int] = []
-
-    class Counting(SqliteQueues):
-        def post(self, queue: str, bodies: Any, **options: Any) -> list[str]:
-            sizes.append(len(bodies))
-            return super().post(queue, bodies, **options)
-
-    use(Counting, post_limit=10)
-    ended = produce("--count", 25)
-    assert sizes == [10, 10, 5]
+    use(post_limit=10)
+    with noted_posts() as post:
+        ended = produce("--count", 25)
+    assert [len(call.args[2]) for call in post.call_args_list] == [10, 10, 5]
     assert ended.lines == [f"{message_id} {body['widget_id']}" for message_id, body in posted(queues)]
     assert {uuid.UUID(body["widget_id"]).version for _, body in posted(queues)} == {1}
 
@@ -135,13 +121,13 @@ def test_no_id_can_break_its_line_or_steer_the_terminal(queues: SqliteQueues, us
     assert posted(queues)[0][1] == {"widget_id": "a\nb\x1b[31m\u202e"}
 
 
-@pytest.mark.parametrize(("seconds", "left"), [(50, ["short", "an hour"]), (3500, ["an hour"]), (3700, [])])
-def test_ttl_is_the_life_of_the_request(queues: SqliteQueues, seconds: int, left: list[str]) -> None:
-    produce("--ttl", 60, "--widget-id", "short")
-    produce("--widget-id", "an hour")
-    path = Path(queues.address.removeprefix("sqlite:///"))
-    with SqliteQueues(path, clock=lambda: time.time() + seconds) as later:
-        assert [body["widget_id"] for _, body in posted(later)] == left
+def test_a_request_lives_for_its_ttl_or_an_hour_where_the_service_has_one_for_each_message(use: Use) -> None:
+    with noted_posts() as post:
+        produce("--ttl", 60)
+        produce()
+        use(has_message_ttl=False)
+        produce()
+    assert [call.kwargs["ttl"] for call in post.call_args_list] == [60, 3600, None]
 
 
 def test_ids_come_line_by_line_from_stdin_or_a_file(queues: SqliteQueues, tmp_path: Path) -> None:
@@ -151,35 +137,24 @@ def test_ids_come_line_by_line_from_stdin_or_a_file(queues: SqliteQueues, tmp_pa
     assert [body["widget_id"] for _, body in posted(queues)] == ["one", " two ü", "three"] * 2
 
 
-@pytest.mark.parametrize("stdin", [b"fine\n\xff\xfe\n", b"\x00\x80", b"fine\nfine\ncaf\xe9\n"])
-def test_what_is_no_text_is_refused_with_its_line_and_nothing_is_posted(queues: SqliteQueues, stdin: bytes) -> None:
-    number = stdin.count(b"fine") + 1
-    expected = f"error: --ids-file, line {number}: is not UTF-8 text\n"
-    assert produce("--ids-file", "-", stdin=stdin) == Ended(2, "", expected)
+@pytest.mark.parametrize(("stdin", "number"), [(b"\x00\x80", 1), (b"fine\nfine\ncaf\xe9\n", 3)])
+def test_what_is_no_text_is_refused_with_its_line_and_nothing_is_posted(
+    queues: SqliteQueues, stdin: bytes, number: int
+) -> None:
+    refused = Ended(2, "", f"error: --ids-file, line {number}: is not UTF-8 text\n")
+    assert produce("--ids-file", "-", stdin=stdin) == refused
     assert posted(queues) == []
 
 
-def test_the_largest_request_has_64_kibibytes(queues: SqliteQueues) -> None:
+def test_the_largest_request_has_64_kibibytes_and_an_endless_line_is_not_read_to_its_end(queues: SqliteQueues) -> None:
     room = 65_536 - len('{"widget_id": ""}')
     assert produce("--ids-file", "-", stdin=b"x" * room).code == 0
     ended = produce("--ids-file", "-", stdin=b"x" * (room + 1))
     assert (ended.code, "over 65,536 bytes" in ended.err, len(posted(queues))) == (2, True, 1)
-
-
-def test_a_file_without_line_ends_is_not_read_to_its_end(queues: SqliteQueues) -> None:
     assert produce("--ids-file", "/dev/zero").code == 2
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--count", 1, "--ids-file", "-"],
-        ["--timeout", 5],
-        ["--wait", "--request-queue", "same", "--response-queue", "SAME"],
-        ["--wait", "--timeout", "nan"],
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [["--timeout", 5], ["--wait", "--timeout", "nan"]], ids=str)
 def test_a_usage_error_is_one_line_and_leaves_no_file_behind(options: list[object], tmp_path: Path) -> None:
     ended = produce(*options)
     assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1), ended
@@ -222,8 +197,12 @@ def test_an_incomplete_post_names_what_is_stored_what_is_not_and_what_nobody_kno
     ]
 
 
-def test_a_service_that_fails_after_the_first_batch_leaves_a_partly_posted_input(
-    queues: SqliteQueues, use: Use
+@pytest.mark.parametrize(
+    ("stdin", "reason"),
+    [(b"a\nb\nc\n", "gone away"), (b"a\nb\n\xff\n", "--ids-file, line 3: is not UTF-8 text")],
+)
+def test_a_failure_after_the_first_batch_leaves_a_partly_posted_input(
+    queues: SqliteQueues, use: Use, stdin: bytes, reason: str
 ) -> None:
     class Failing(SqliteQueues):
         def post(self, queue: str, bodies: Any, **options: Any) -> list[str]:
@@ -232,19 +211,15 @@ def test_a_service_that_fails_after_the_first_batch_leaves_a_partly_posted_input
             return super().post(queue, bodies, **options)
 
     use(Failing, post_limit=2)
-    ended = produce(*FOUR)
-    assert [line.split()[1] for line in ended.lines] == ["a", "b"]
-    assert (ended.code, ended.err) == (6, "error: stored the first 2 requests and no more: gone away\n")
-    assert produce("--widget-id", "c") == Ended(1, "", "error: gone away\n")
-
-
-def test_unreadable_ids_after_the_first_batch_leave_a_partly_posted_input(queues: SqliteQueues, use: Use) -> None:
-    use(post_limit=2)
-    ended = produce("--ids-file", "-", stdin=b"a\nb\nc\n\xff\n")
-    assert [line.split()[1] for line in ended.lines] == ["a", "b"]
-    assert ended.code == 6
-    assert ended.err == "error: stored the first 2 requests and no more: --ids-file, line 4: is not UTF-8 text\n"
+    ended = produce("--ids-file", "-", stdin=stdin)
+    assert ids_of(ended) == ["a", "b"]
+    assert (ended.code, ended.err) == (6, f"error: stored the first 2 requests and no more: {reason}\n")
     assert len(posted(queues)) == 2
+
+
+def test_a_service_that_fails_at_once_is_exit_1(queues: SqliteQueues, use: Use) -> None:
+    use(failing(post=QueueUnavailable("gone away")))
+    assert produce() == Ended(1, "", "error: gone away\n")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -260,7 +235,7 @@ def test_a_signal_while_posting_names_what_is_perhaps_stored(
 
     use(Interrupted, post_limit=2)
     ended = produce(*FOUR)
-    assert [line.split()[1] for line in ended.lines] == ["a", "b"]
+    assert ids_of(ended) == ["a", "b"]
     assert ended.code == code
     assert ended.err.split("\n")[:2] == ["perhaps stored: c", "perhaps stored: d"]
 
@@ -289,7 +264,7 @@ def test_wait_finds_its_responses_behind_many_others_and_ends_with_0_when_all_ar
 ) -> None:
     for _ in range(3):
         queues.post(RESPONSES, [answer("another's")] * 1000)
-    use(Answering)
+    use(answering())
     ended = produce("--wait", "--count", 50)
     assert (ended.code, len(ended.lines), ended.err) == (0, 50, "")
     assert len(posted(queues, RESPONSES)) == 3000
@@ -333,7 +308,7 @@ def test_a_wait_of_three_seconds_in_vain_says_once_what_it_waits_for(queues: Sql
 def test_the_wait_outlives_a_queue_service_that_is_away_for_a_moment(queues: SqliteQueues, use: Use) -> None:
     failures = iter([QueueUnavailable("away")])
 
-    class Shaky(Answering):
+    class Shaky(answering()):
         def browse(self, queue: str, **options: Any) -> tuple[list[Message], str]:
             for failure in failures:
                 raise failure
@@ -344,20 +319,3 @@ def test_the_wait_outlives_a_queue_service_that_is_away_for_a_moment(queues: Sql
 
     use(Shaky)
     assert produce("--wait", "--widget-id", "a") == Ended(0, "a created\n", "")
-
-
-# What this service cannot do
-
-
-def test_what_the_service_cannot_do_is_refused_before_anything_is_posted(queues: SqliteQueues, use: Use) -> None:
-    given: list[int | None] = []
-
-    class Noting(SqliteQueues):
-        def post(self, queue: str, bodies: Any, **options: Any) -> list[str]:
-            given.append(options["ttl"])
-            return super().post(queue, bodies, **options)
-
-    use(Noting, can_browse=False, has_message_ttl=False, service="Bare")
-    assert produce("--wait") == Ended(2, "", "error: --wait: Bare cannot show messages without claiming them\n")
-    assert produce("--ttl", 60).err == "error: --ttl: Bare has one message TTL for the whole queue\n"
-    assert (produce().code, given) == (0, [None])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from standardwebhooks import WebhookVerificationError
 
-from claim_queues import ConfigError, CredentialsError
+from claim_queues import CredentialsError
 from widgets.signing import Signer, load_signer
 
 BODY = b'{"widget_id": "\xc3\xa9"}'
@@ -100,8 +100,9 @@ def test_a_file_holds_one_secret_or_two(secret_file: Path, content: str) -> None
     secret_file.write_text(content)
     signer = load_signer(str(secret_file), None)
     assert signer is not None
-    key = base64.b64decode(content.split(maxsplit=1)[0].removeprefix("whsec_") + "==")
-    signer.check(signed(BODY, key=key), BODY)
+    for secret in content.split():
+        key = base64.b64decode(secret.removeprefix("whsec_") + "==")
+        signer.check(signed(BODY, key=key), BODY)
 
 
 @pytest.mark.parametrize(
@@ -121,27 +122,11 @@ def test_a_weak_or_malformed_secret_is_refused_without_showing_it(secret_file: P
         assert secret.removeprefix("whsec_")[:8] not in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["missing", "."])
-def test_a_secret_file_that_cannot_be_read_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CredentialsError, match=name):
-        load_signer(str(tmp_path / name), None)
-
-
-@pytest.mark.parametrize(("file", "name"), [(SECRET, None), ("a file", "a name")])
-def test_a_secret_on_the_command_line_and_two_places_for_it_are_refused(file: str, name: str | None) -> None:
-    with pytest.raises(ConfigError, match="name a file or a keyring entry") as raised:
-        load_signer(file, name)
-    assert not any(trace in str(raised.value) for trace in traces())
-
-
 class Entries(PlainText):
     """A keyring with one signing secret, in a backend that is safe by its name."""
 
     def get_password(self, service: str, username: str) -> str | None:
         return f"{SECRET}\n" if (service, username) == ("itchy-octo-chainsaw", "me") else None
-
-
-Entries.__module__ = __name__
 
 
 def test_a_secret_comes_from_keyring_or_the_error_says_how_to_store_it() -> None:

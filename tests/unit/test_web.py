@@ -3,39 +3,44 @@
 import html
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
-from doubles.troubled_queues import TroubledQueues, times
+from doubles.troubled_queues import TroubledQueues
 from flask.testing import FlaskClient
 from in_process import run_command
 from support import HERE, free_port, script, wait_until
 from werkzeug.test import TestResponse
 
-from claim_queues import JSON, PostIncomplete, QueueUnavailable
+from claim_queues import JSON, QueueUnavailable
 from claim_queues.__main__ import cli
+from claim_queues.letters import as_text
 from claim_queues.sqlite import SqliteQueues
-from claim_queues.web import HISTORY_S, Watch, Web, as_path
+from claim_queues.web import Watch, Web, as_path
 
 NAMES = {"request": "requests", "response": "responses", "dead-letter": "letters"}
 ORIGIN = "http://127.0.0.1:5001"
 DOWN = QueueUnavailable("the service does not answer")
-PATHS = ["/", "/?search=a", "/redrive", "/delete", "/redrive?id=a", "/nothing", "/healthz", "/metrics"]
 
 
 class Bench:
-    """The page of an embedded queue, without its thread: `look` is that. client: a browser that came by the link."""
+    """The page of an embedded queue, without its thread: `look` is that. client: a browser that came by the link.
+
+    ahead_s: how far the clock of the queue is ahead.
+    """
 
     def __init__(self, directory: Path, **limits: Any) -> None:
-        self.real = SqliteQueues(directory / "q")
+        self.ahead_s = 0.0
+        self.real = SqliteQueues(directory / "q", clock=lambda: time.time() + self.ahead_s)
         for name in NAMES.values():
             self.real.create(name)
         self.queues: Any = TroubledQueues(self.real, replace(self.real.limits, **limits))
@@ -45,27 +50,27 @@ class Bench:
         self.look = self.watch.look
         self.look()
         self.client = self.stranger()
-        assert self.client.get(self.path_of(self.web.link)).status_code == 303
+        assert self.client.get(self.web.link).status_code == 303
 
     def stranger(self) -> FlaskClient:
         return self.web.app.test_client()
-
-    @staticmethod
-    def path_of(link: str) -> str:
-        return link.removeprefix(ORIGIN)
 
     def page(self, path: str = "/") -> str:
         answer = self.client.get(path)
         assert answer.status_code == 200, answer.text
         return answer.text
 
-    def act(self, path: str, *, headers: dict[str, str] | None = None, **changed: str) -> TestResponse:
-        """Send the form of that confirmation, with these fields changed, and wait until it is done."""
+    def form(self, path: str) -> tuple[str, dict[str, str]]:
+        """Where the form of that confirmation leads, and what it sends."""
         text = self.page(path)
-        fields = dict(re.findall(r'<input type="hidden" name="(\w+)" value="(.*?)">', text))
-        action = re.findall(r'<form method="post" action="(.*?)">', text)[0]
-        sent = {name: html.unescape(value) for name, value in fields.items()} | changed
-        answer = self.client.post(action, data=sent, headers=headers)
+        (action,) = re.findall(r'<form method="post" action="(.*?)">', text)
+        fields = re.findall(r'<input type="hidden" name="(\w+)" value="(.*?)">', text)
+        return action, {name: html.unescape(value) for name, value in fields}
+
+    def act(self, path: str, *, headers: dict[str, str] | None = None, **changed: str) -> TestResponse:
+        """Send that form, with these fields changed, and wait until it is done."""
+        action, fields = self.form(path)
+        answer = self.client.post(action, data=fields | changed, headers=headers)
         wait_until(lambda: not self.web.working.locked())
         return answer
 
@@ -76,10 +81,6 @@ class Bench:
 
     def bodies(self, kind: str) -> list[JSON]:
         return [message.body for message in self.real.browse(NAMES[kind], limit=10_000)[0]]
-
-    def hold(self, number: int = 1) -> None:
-        """Claim so many of the letters."""
-        assert self.real.claim("letters", ttl=60, grace=60, limit=number)
 
     def said(self) -> str:
         """What the page says of the last action."""
@@ -118,6 +119,10 @@ def texts(page: str, pattern: str) -> list[str]:
     return [" ".join(html.unescape(re.sub("<.*?>", "", found)).split()) for found in re.findall(pattern, page, re.S)]
 
 
+def numbers(page: str) -> list[str]:
+    return texts(page, '<dd class="number">(.*?)</dd>')
+
+
 def letters_of(page: str) -> list[str]:
     return texts(page, r'<li class="panel">(.*?)</li>')
 
@@ -127,7 +132,7 @@ def letters_of(page: str) -> list[str]:
 
 def test_the_link_gives_a_cookie_and_leads_to_the_page_without_its_token(bench: Bench) -> None:
     client = bench.stranger()
-    answer = client.get(bench.path_of(bench.web.link))
+    answer = client.get(bench.web.link)
     assert (answer.status_code, answer.headers["Location"]) == (303, "/")
     cookie = answer.headers["Set-Cookie"]
     assert cookie.startswith("queues-5001=")
@@ -140,16 +145,16 @@ def test_a_link_is_good_for_one_browser_and_the_terminal_shows_the_next(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     link = bench.web.link
-    assert bench.stranger().get(bench.path_of(link)).status_code == 303
-    assert bench.stranger().get(bench.path_of(link)).status_code == 403
+    assert bench.stranger().get(link).status_code == 303
+    assert bench.stranger().get(link).status_code == 403
     (told,) = re.findall(r"http\S+", capsys.readouterr().err)
     assert told == bench.web.link != link
-    assert bench.stranger().get(bench.path_of(told)).status_code == 303
-    spent = bench.client.get(bench.path_of(link))  # from the history of a browser that has come before
+    assert bench.stranger().get(told).status_code == 303
+    spent = bench.client.get(link)  # from the history of a browser that has come before
     assert (spent.status_code, spent.headers["Location"]) == (303, "/")
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["/", "/?search=a", "/redrive", "/delete?id=a", "/nothing", "/healthz"])
 @pytest.mark.parametrize("token", ["", "wrong", "é", "%ED%A0%80"])
 def test_who_did_not_come_by_the_link_is_told_where_it_is(bench: Bench, path: str, token: str) -> None:
     bench.real.post("letters", [letter(1)])
@@ -168,30 +173,21 @@ def test_only_its_style_is_for_everybody(bench: Bench) -> None:
         assert bench.stranger().get(f"/static/{name}", buffered=True).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:5001", "queues"])
-@pytest.mark.parametrize("path", ["/", "/redrive", "/static/live.js", "/nothing"])
-def test_another_host_is_answered_421_with_advice(bench: Bench, host: str, path: str) -> None:
-    answer = bench.client.get(path, headers={"Host": host}, buffered=True)
+@pytest.mark.parametrize("path", ["/", "/redrive", "/static/live.js"])
+def test_another_host_is_answered_421_with_advice(bench: Bench, path: str) -> None:
+    answer = bench.client.get(path, headers={"Host": "evil.example"}, buffered=True)
     assert answer.status_code == 421
     assert "the link that the terminal shows" in answer.text
 
 
-@pytest.mark.parametrize("action", ["redrive", "delete"])
-@pytest.mark.parametrize(
-    "origin", ["http://evil.example", "http://127.0.0.1:5000", "https://127.0.0.1:5001", "null", ""]
-)
-def test_a_form_of_another_site_or_port_does_nothing(bench: Bench, action: str, origin: str) -> None:
+def test_a_form_of_another_site_or_port_and_a_form_without_its_token_do_nothing(bench: Bench) -> None:
     bench.real.post("letters", [letter(1)])
-    assert bench.act(f"/{action}", headers={"Origin": origin}).status_code == 403
-    assert (bench.bodies("request"), bench.bodies("dead-letter")) == ([], [letter(1)])
-
-
-@pytest.mark.parametrize("action", ["redrive", "delete"])
-@pytest.mark.parametrize("token", ["", "wrong", "é"])
-def test_a_form_without_its_token_does_nothing(bench: Bench, action: str, token: str) -> None:
-    bench.real.post("letters", [letter(1)])
-    assert bench.act(f"/{action}", headers={"Origin": ORIGIN}, form_token=token).status_code == 403
-    assert bench.client.post(f"/{action}").status_code == 403
+    for action in ("/redrive", "/delete"):
+        for origin in ("http://evil.example", "http://127.0.0.1:5000", "https://127.0.0.1:5001", "null", ""):
+            assert bench.act(action, headers={"Origin": origin}).status_code == 403
+        for token in ("", "wrong", "é"):
+            assert bench.act(action, form_token=token).status_code == 403
+        assert bench.client.post(action).status_code == 403
     assert (bench.bodies("request"), bench.bodies("dead-letter")) == ([], [letter(1)])
 
 
@@ -203,18 +199,12 @@ def test_looking_at_any_page_changes_nothing(bench: Bench) -> None:
     assert bench.real.stats("letters").free == 2
 
 
-def test_every_answer_allows_other_web_sites_nothing_and_needs_no_file_of_theirs(bench: Bench) -> None:
-    bench.real.post("letters", [letter(1)])
+def test_every_answer_allows_other_web_sites_nothing(bench: Bench) -> None:
     for path in ("/", "/redrive", "/nothing", "/static/live.js"):
-        answer = bench.client.get(path, buffered=True)
-        policy = answer.headers["Content-Security-Policy"].split("; ")
-        assert {"default-src 'none'", "script-src 'self'", "frame-ancestors 'none'", "form-action 'self'"} <= set(
-            policy
-        )
-        assert answer.headers["Cache-Control"] == "no-store"
-        targets = re.findall(r'(?:href|src|action)="([^"]+)"', answer.text if "static" not in path else "")
-        assert [target for target in targets if not target.startswith("/")] == []
-        assert not re.search(r"<script>|<style| style=| on\w+=", answer.text)
+        headers = bench.client.get(path, buffered=True).headers
+        policy = set(headers["Content-Security-Policy"].split("; "))
+        assert {"default-src 'none'", "script-src 'self'", "frame-ancestors 'none'", "form-action 'self'"} <= policy
+        assert headers["Cache-Control"] == "no-store"
 
 
 # What it shows
@@ -227,11 +217,11 @@ def test_it_shows_the_numbers_of_each_queue_with_their_history(bench: Bench) -> 
     bench.real.release(claim, delay=60)
     assert bench.real.claim("requests", ttl=60, grace=60, limit=2)
     bench.look()
-    tiles = re.findall(r'<section id="([a-z-]+)" class="panel".*?</section>', bench.page(), re.S)
-    assert tiles[:3] == ["request", "response", "dead-letter"]
-    (request,) = re.findall(r'<section id="request".*?</section>', bench.page(), re.S)
+    page = bench.page()
+    assert re.findall('<section id="([a-z-]+)" class="panel"', page)[:3] == ["request", "response", "dead-letter"]
+    (request,) = re.findall('<section id="request".*?</section>', page, re.S)
     assert texts(request, "<dt>(.*?)</dt>") == ["Waiting", "Claimed", "Delayed", "Oldest"]
-    assert texts(request, '<dd class="number">(.*?)</dd>') == ["1,229", "2", "3", "0:00:00"]
+    assert numbers(request) == ["1,229", "2", "3", "0:00:00"]
     assert 'aria-label="Waiting over the last 5 minutes: at most 1,229"' in request
     assert len(re.findall(r'class="bar" d="M', request)) >= 3
 
@@ -244,7 +234,7 @@ def test_a_plot_has_a_bar_for_each_look_and_a_gap_where_nothing_is_known() -> No
 def test_five_minutes_are_kept(bench: Bench) -> None:
     for _ in range(200):
         bench.look()
-    assert len(bench.watch.looks) == HISTORY_S / 2
+    assert len(bench.watch.looks) == 150
 
 
 def test_it_shows_the_newest_messages_the_newest_first(bench: Bench) -> None:
@@ -253,16 +243,17 @@ def test_it_shows_the_newest_messages_the_newest_first(bench: Bench) -> None:
         return texts(found, "<li><time.*?<code>(.*?)</code></li>")
 
     assert (newest("request"), newest("response")) == ([], [])
-    bench.real.post("requests", list(range(1000)))
-    bench.real.post("requests", list(range(1000, 1500)))
+    for first in (0, 1000):
+        bench.real.post("requests", list(range(first, first + 1000)))
     bench.real.post("responses", ["done"])
-    bench.look()
-    assert newest("request") == [str(number) for number in range(1499, 1489, -1)]
+    for _ in range(2):
+        bench.look()  # on a slow machine each reads on by one page of a thousand
+    assert newest("request") == [str(number) for number in range(1999, 1989, -1)]
     assert newest("response") == ['"done"']
     bench.real.purge("requests")
     bench.real.post("requests", ["another"])
     bench.look()
-    assert newest("request")[:2] == ['"another"', "1499"]
+    assert newest("request")[:2] == ['"another"', "1999"]
 
 
 def test_it_shows_dead_letters_with_reason_receives_and_times(bench: Bench) -> None:
@@ -277,88 +268,71 @@ def test_it_shows_dead_letters_with_reason_receives_and_times(bench: Bench) -> N
 
 
 @pytest.mark.parametrize(
-    ("words", "numbers"), [("old-3", [3]), ("http 504", [4]), ("W1", [1]), ("RED", [1, 2, 3, 4]), ("none", [])]
+    ("words", "found"), [("old-3", [3]), ("http 504", [4]), ("W1", [1]), ("RED", [1, 2, 3, 4]), ("none", [])]
 )
-def test_a_search_finds_letters_by_any_words_in_them(bench: Bench, words: str, numbers: list[int]) -> None:
+def test_a_search_finds_letters_by_any_words_in_them(bench: Bench, words: str, found: list[int]) -> None:
     bench.real.post("letters", [letter(number) for number in range(1, 5)])
     page = bench.page(f"/?search={words}")
-    found = [int(number) for text in letters_of(page) for number in re.findall(r"Request old-(\d)", text)]
-    assert found == numbers
+    assert re.findall(r"Request <code>old-(\d)", page) == list(map(str, found))
     assert f'value="{words}"' in page
-    assert ("None holds these words." in page) is not bool(numbers)
+    assert ("None holds these words." in page) is not bool(found)
     assert "Redrive all" not in page  # which would be more than what was found
 
 
 @pytest.mark.parametrize(("path", "wanted"), [("/", 2120), ("/?search=w2", 231)])
-def test_more_letters_than_a_page_shows_are_reached(bench: Bench, path: str, wanted: int) -> None:
+def test_more_letters_than_a_page_shows_are_reached_a_thousand_messages_at_once(
+    bench: Bench, path: str, wanted: int
+) -> None:
     bench.real.post("letters", [letter(number) for number in range(2120)])
     seen = list[str]()
     while path:
+        bench.queues.calls.clear()
         page = bench.page(path)
+        assert bench.queues.calls["browse"] <= 20
         seen += letters_of(page)
         path = "".join(map(html.unescape, re.findall(r'href="([^"]+)">Further ones', page)))
     assert (len(seen), len(set(seen))) == (wanted, wanted)
 
 
-def test_a_search_looks_at_a_thousand_messages_at_once(bench: Bench) -> None:
-    bench.real.post("letters", [letter(number) for number in range(1100)])
-    page = bench.page("/?search=w1099")
-    assert (letters_of(page), "Further ones" in page) == ([], True)
-    assert bench.queues.calls["browse"] < 30
-
-
-@pytest.mark.parametrize(
-    "text", ["<script>alert(1)</script>", "{{ 7 * 7 }}", "\ud800", "a\nb\x1b[31m\0", '"><b>'], ids=ascii
-)
+@pytest.mark.parametrize("text", ['"><script>alert(1)</script>', "\ud800", "a\nb\x1b[31m\0"], ids=ascii)
 def test_hostile_text_is_shown_and_never_run(bench: Bench, text: str) -> None:
     bench.real.post("letters", [letter(1) | {"reason": text, "request_id": text, "body": text}, text])
     bench.real.post("requests", [text])
     bench.look()
-    for path in ("/", *bench.ways().values()):
+    for path in ("/", '/?search="><script>', *bench.ways().values()):
         page = bench.page(path)
         assert "<script>" not in page
-        assert "<b>" not in page
         assert "\x1b" not in page
-    assert "<script>" not in bench.page("/?search=<script>alert(1)</script>")
 
 
-@pytest.mark.parametrize("odd", [{"receive_count": [1], "first_received_at": 7, "reason": None}, {"reason": {"a": 1}}])
-def test_a_letter_of_another_form_is_shown(bench: Bench, odd: dict[str, JSON]) -> None:
-    bench.real.post("letters", [letter(1) | odd, {"request_id": "x", "body": None}])
-    assert len(letters_of(bench.page())) == 2
+def test_letters_of_any_form_are_shown(bench: Bench) -> None:
+    odd = letter(1) | {"receive_count": [1], "first_received_at": 7, "reason": None}
+    bench.real.post("letters", [odd, letter(1) | {"reason": {"a": 1}}, {"request_id": "x", "body": None}])
+    assert len(letters_of(bench.page())) == 3
 
 
-def test_a_body_that_is_nested_too_deep_does_not_take_the_page_away(bench: Bench) -> None:
-    deep: JSON = []
-    for _ in range(900):
-        deep = [deep]
-    bench.real.post("letters", [deep, letter(1)])
-    assert len(letters_of(bench.page())) == 2
+def test_a_body_that_is_nested_too_deep_is_said_to_be() -> None:
+    body = reduce(lambda inner, _: [inner], range(5000), list[JSON]())
+    assert as_text(body) == "(nested too deep to be shown)"
 
 
 # In an outage
 
 
-def test_an_outage_is_a_sentence_on_the_page_and_a_gap_in_the_plots(bench: Bench) -> None:
+@pytest.mark.parametrize("error", [DOWN, RuntimeError("a bug of an SDK")], ids=str)
+def test_an_outage_is_a_sentence_on_the_page_and_a_gap_in_the_plots(bench: Bench, error: Exception) -> None:
     bench.real.post("letters", [letter(1)])
-    bench.queues.fails["stats"] = bench.queues.fails["browse"] = lambda: DOWN
+    bench.queues.fails["stats"] = lambda: error
     bench.look()
     page = bench.page()
-    assert "The queues cannot be read now: the service does not answer" in page
+    assert f"The queues cannot be read now: {error}" in page
     assert "Not known now." in page
-    assert set(texts(page, '<dd class="number">(.*?)</dd>')) == {"\N{EN DASH}"}
+    assert set(numbers(page)) == {"\N{EN DASH}"}
     bench.queues.fails.clear()
     bench.look()
     page = bench.page()
     assert "cannot be read" not in page
     assert len(letters_of(page)) == 1
-
-
-@pytest.mark.parametrize("error", [DOWN, RuntimeError("a bug of an SDK")], ids=str)
-def test_whatever_fails_while_it_looks_is_told(bench: Bench, error: Exception) -> None:
-    bench.queues.fails["stats"] = lambda: error
-    bench.look()
-    assert str(error) in bench.page()
 
 
 def test_what_fails_between_two_looks_is_told_too(bench: Bench) -> None:
@@ -370,7 +344,7 @@ def test_what_fails_between_two_looks_is_told_too(bench: Bench) -> None:
     assert "The service does not answer" in answer.text
 
 
-@pytest.mark.parametrize("after", ["x", "9" * 30, "9" * 5000])
+@pytest.mark.parametrize("after", ["x", "9" * 30])
 def test_a_place_that_is_none_is_no_failure_of_the_service(bench: Bench, after: str) -> None:
     assert "there is no such place" in bench.page(f"/?after={after}")
     answer = bench.client.get(f"/redrive?id=a&after={after}")
@@ -380,79 +354,64 @@ def test_a_place_that_is_none_is_no_failure_of_the_service(bench: Bench, after: 
 # Redrive and delete
 
 
-def test_one_dead_letter_is_redriven(bench: Bench) -> None:
+def test_one_dead_letter_is_redriven_and_is_then_said_to_be_gone(bench: Bench) -> None:
     bench.real.post("letters", [letter(number) for number in range(60)])
     for path, number in (("/", 3), ("/?search=old-57", 57)):
-        answer = bench.act(bench.ways(path)[f"Redrive old-{number}"], headers={"Origin": ORIGIN})
+        where = bench.ways(path)[f"Redrive old-{number}"]
+        answer = bench.act(where, headers={"Origin": ORIGIN})
         assert (answer.status_code, answer.headers["Location"]) == (303, "/")
         assert f"Request old-{number} is queued as " in bench.said()
+        again = bench.client.get(where)
+        assert (again.status_code, "not there any more" in again.text) == (404, True)
     assert bench.bodies("request") == [letter(3)["body"], letter(57)["body"]]
     assert bench.bodies("dead-letter") == [letter(number) for number in range(60) if number not in (3, 57)]
-    page = bench.page()
-    assert texts(page, '<dd class="number">(.*?)</dd>')[0] == "2"  # as soon as that
+    assert numbers(bench.page())[0] == "2"  # as soon as that
 
 
 def test_a_redriven_request_lives_as_long_as_asked(bench: Bench) -> None:
     bench.real.post("letters", [letter(1), letter(2)])
-    given: list[Any] = []
-    post = bench.real.post
-    bench.real.post = lambda *args, **options: given.append(options["ttl"]) or post(*args, **options)  # type: ignore[func-returns-value, method-assign]
     bench.act(bench.ways()["Redrive old-1"])
     bench.act("/redrive")
-    assert given == [3600, 3600]
+    for ahead_s, left in ((3500, 2), (3600, 0)):
+        bench.ahead_s = ahead_s
+        assert bench.real.stats("requests").total == left
 
 
-@pytest.mark.parametrize("path", ["one", "all"])
-@pytest.mark.parametrize("error", [DOWN, PostIncomplete("half way", accepted={}, refused={}, unknown=[0])], ids=str)
-def test_a_letter_is_deleted_only_after_its_request_is_stored(bench: Bench, path: str, error: Exception) -> None:
+@pytest.mark.parametrize(
+    ("name", "operation", "requests"),
+    [
+        ("Redrive old-1", "post", []),
+        ("Redrive all", "post", []),
+        ("Redrive old-1", "delete", [letter(1)["body"]]),
+        ("Redrive all", "settle", [letter(1)["body"]]),
+    ],
+)
+def test_a_letter_is_deleted_only_after_its_request_is_stored_and_a_redrive_that_breaks_says_why(
+    bench: Bench, name: str, operation: str, requests: list[JSON]
+) -> None:
     bench.real.post("letters", [letter(1)])
-    where = bench.ways()["Redrive old-1" if path == "one" else "Redrive all"]
-    bench.queues.fails["post"] = lambda: error
+    where = bench.ways()[name]
+    bench.queues.fails[operation] = lambda: DOWN
     assert bench.act(where).status_code == 303
-    assert str(error) in bench.said()
-    assert (bench.bodies("request"), bench.bodies("dead-letter")) == ([], [letter(1)])
-    assert bench.real.stats("letters").free == 1
-
-
-@pytest.mark.parametrize(("name", "operation"), [("Redrive old-1", "delete"), ("Redrive all", "settle")])
-def test_what_breaks_between_post_and_delete_repeats_but_loses_nothing(bench: Bench, name: str, operation: str) -> None:
-    bench.real.post("letters", [letter(1)])
-    bench.queues.fails[operation] = times(1, DOWN)
-    bench.act(bench.ways()[name])
     assert "It failed: the service does not answer" in bench.said()
-    assert (bench.bodies("request"), bench.bodies("dead-letter")) == ([letter(1)["body"]], [letter(1)])
+    assert (bench.bodies("request"), bench.bodies("dead-letter")) == (requests, [letter(1)])
+    assert bench.real.stats("letters").free == 1
 
 
 @pytest.mark.parametrize("action", ["Redrive", "Delete"])
 def test_a_letter_that_a_claim_holds_stays_and_the_page_says_so(bench: Bench, action: str) -> None:
     bench.real.post("letters", [letter(1)])
     where = bench.ways()[f"{action} old-1"]
-    bench.hold()
+    assert bench.real.claim("letters", ttl=60, grace=60, limit=1)
     bench.act(where)
     assert bench.bodies("dead-letter") == [letter(1)]
     assert "a claim holds the dead letter: it stays" in bench.said()
 
 
-def test_all_are_redriven(bench: Bench) -> None:
-    bench.real.post("letters", [letter(number) for number in range(45)])
-    assert "There are 45 in" in bench.page("/redrive")
-    bench.act("/redrive")
-    assert bench.bodies("request") == [letter(number)["body"] for number in range(45)]
-    assert bench.bodies("dead-letter") == []
-    assert "Redriven: 45." in bench.said()
-
-
-def test_what_is_no_dead_letter_stays_when_all_are_redriven(bench: Bench) -> None:
-    bench.real.post("letters", ["odd", letter(1)])
-    bench.act("/redrive")
-    assert bench.bodies("dead-letter") == ["odd"]
-    assert "1 messages stay" in bench.said()
-    assert bench.real.stats("letters").free == 1
-
-
 @pytest.mark.parametrize("action", ["redrive", "delete"])
 def test_no_more_are_taken_than_were_confirmed(bench: Bench, action: str) -> None:
     bench.real.post("letters", [letter(number) for number in range(30)])
+    assert "There are 30 in" in bench.page(f"/{action}")
     bench.act(f"/{action}", most="25")
     assert bench.bodies("dead-letter") == [letter(number) for number in range(25, 30)]
     for most in ("", "-1", "x"):
@@ -461,29 +420,24 @@ def test_no_more_are_taken_than_were_confirmed(bench: Bench, action: str) -> Non
 
 
 def test_one_or_all_are_deleted_but_for_what_a_claim_holds(bench: Bench) -> None:
-    bench.real.post("letters", [letter(1), "odd", *(letter(number) for number in range(2, 300))])
-    (odd,) = [where for name, where in bench.ways().items() if re.fullmatch("Delete [0-9a-f]{12}-2", name)]
-    bench.act(odd)
+    ids = bench.real.post("letters", [letter(1), "odd", *(letter(number) for number in range(2, 300))])
+    bench.act(bench.ways()[f"Delete {ids[1]}"])
     assert "odd" not in bench.bodies("dead-letter")
     assert "Deleted." in bench.said()
-    bench.hold(2)
-    bench.act("/delete")
+    assert bench.real.claim("letters", ttl=60, grace=60, limit=2)
+    bench.act(bench.ways()["Delete all"])
     assert bench.bodies("dead-letter") == [letter(1), letter(2)]
     assert bench.bodies("request") == []
 
 
 def test_what_is_no_dead_letter_can_only_be_deleted(bench: Bench) -> None:
-    (id_,) = bench.real.post("letters", ["odd"])
+    id_, _ = bench.real.post("letters", ["odd", letter(1)])
     answer = bench.client.get(f"/redrive?id={id_}")
     assert (answer.status_code, "it can only be deleted" in answer.text) == (409, True)
-
-
-def test_a_letter_that_is_gone_is_said_to_be(bench: Bench) -> None:
-    bench.real.post("letters", [letter(1)])
-    where = bench.ways()["Redrive old-1"]
-    bench.act(where)
-    answer = bench.client.get(where)
-    assert (answer.status_code, "not there any more" in answer.text) == (404, True)
+    bench.act("/redrive")
+    assert "Redriven: 1." in bench.said()
+    assert "1 messages stay" in bench.said()
+    assert (bench.bodies("dead-letter"), bench.real.stats("letters").free) == (["odd"], 1)
 
 
 def test_a_letter_that_goes_between_two_forms_is_redriven_once(bench: Bench) -> None:
@@ -507,17 +461,14 @@ def test_one_action_at_a_time_and_a_long_one_goes_on_in_its_own_time(
 ) -> None:
     monkeypatch.setattr("claim_queues.web.WAIT_S", 0.05)
     bench.real.post("letters", [letter(1)])
-    wanted = bench.page("/redrive")
-    fields = dict(re.findall(r'name="(\w+)" value="(.*?)">', wanted))
+    action, fields = bench.form("/redrive")
     go_on = threading.Event()
     bench.queues.fails["post"] = lambda: go_on.wait(30) and None
-    try:
-        assert bench.client.post("/redrive", data=fields).status_code == 303
-        assert bench.said() == "Redriven: 0."
-        busy = bench.client.post("/delete", data=fields)
-        assert (busy.status_code, "wait until that has ended" in busy.text) == (409, True)
-    finally:
-        go_on.set()
+    assert bench.client.post(action, data=fields).status_code == 303
+    assert bench.said() == "Redriven: 0."
+    busy = bench.client.post("/delete", data=fields)
+    assert (busy.status_code, "wait until that has ended" in busy.text) == (409, True)
+    go_on.set()
     wait_until(lambda: not bench.web.working.locked())
     assert "Redriven: 1." in bench.said()
     assert bench.bodies("request") == [letter(1)["body"]]
@@ -528,7 +479,7 @@ def test_where_the_service_cannot_browse_there_are_numbers_and_redrive_all(blind
     blind.look()
     page = blind.page()
     assert "Blind does not show messages without claiming them" in page
-    assert texts(page, '<dd class="number">(.*?)</dd>')[8] == "2"
+    assert numbers(page)[8] == "2"
     assert blind.ways() == {"Redrive all": "/redrive"}
     for words in ('id="search"', "Newest", "cannot be read"):
         assert words not in page
@@ -537,11 +488,11 @@ def test_where_the_service_cannot_browse_there_are_numbers_and_redrive_all(blind
     assert blind.bodies("dead-letter") == []
 
 
-@pytest.mark.parametrize("path", ["/delete", "/delete?id=a", "/redrive?id=a"])
+@pytest.mark.parametrize("path", ["/delete", "/redrive?id=a"])
 def test_where_the_service_cannot_browse_all_else_is_refused_with_what_to_do(blind: Bench, path: str) -> None:
     blind.real.post("letters", [letter(1)])
-    token = re.findall(r'name="form_token" value="(.*?)"', blind.page("/redrive"))[0]
-    for answer in (blind.client.get(path), blind.client.post(path, data={"form_token": token, "most": "1"})):
+    _, fields = blind.form("/redrive")
+    for answer in (blind.client.get(path), blind.client.post(path, data=fields)):
         assert answer.status_code == 409
         assert "Blind neither shows nor deletes single messages" in answer.text
         assert "purge dead-letter" in html.unescape(answer.text)
@@ -556,32 +507,18 @@ def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/q"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_serves_until_a_signal(tmp_path: Path, url: str, number: int) -> None:
+def test_it_serves_until_a_signal(tmp_path: Path, url: str) -> None:
     port = free_port()
     env = {"WIDGET_WEB_PORT": str(port), "WIDGET_PORT": "1", "WIDGET_HOST": "0.0.0.0"}
     with script("claim_queues", "web", "--queue-url", url, "--create", cwd=tmp_path, env=env) as running:
-        wait_until(lambda: "token=" in running.err)
-        (link,) = re.findall(rf"http://127\.0\.0\.1:{port}/\?token=\S+", running.err)
-        with requests.Session() as browser:
-            assert "The embedded queue" in browser.get(link, timeout=10).text
-        with SqliteQueues(tmp_path / "q") as queues:
+        (link,) = wait_until(lambda: re.findall(rf"http://127\.0\.0\.1:{port}/\?token=\S+\n", running.err))
+        with requests.Session() as browser, SqliteQueues(tmp_path / "q") as queues:
+            assert "The embedded queue" in browser.get(link.strip(), timeout=10).text
             queues.post("itchy-octo-chainsaw-request", [1, 2, 3])
-            with requests.Session() as other:
-                wait_until(lambda: len(re.findall(r"http\S+", running.err)) == 2)
-                other.get(re.findall(r"http\S+", running.err)[-1], timeout=10)
-                wait_until(lambda: '"number">3<' in other.get(f"http://127.0.0.1:{port}/", timeout=10).text)
-        running.signal(number)
+            wait_until(lambda: '"number">3<' in browser.get(f"http://127.0.0.1:{port}/", timeout=10).text)
+        running.signal(signal.SIGTERM)
         assert running.exit_code() == 0
         assert running.out == ""
-
-
-def test_a_port_in_use_is_one_line(url: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        ended = run_command(cli, "web", "--queue-url", url, "--create", "--port", port)
-    assert ended.code == 1
-    assert re.fullmatch(rf".*\nerror: cannot listen at 127.0.0.1 port {port}: .*in use.*\n", ended.err, re.S)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.com", "10.0.0.1"])

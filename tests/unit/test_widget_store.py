@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from pathlib import Path
 
 import apsw
@@ -40,27 +39,6 @@ def test_of_many_threads_that_ask_for_one_widget_one_creates_it(widgets: Widgets
         found = [answer for (answer,) in pool.map(widgets.create, [[(ID, Origin())]] * 64)]
     assert sorted(is_new for _, is_new in found) == [False] * 63 + [True]
     assert {str(widget) for widget, _ in found} == {str(widgets.find(ID))}
-
-
-def test_widgets_are_there_after_a_restart(path: Path) -> None:
-    with closing(Widgets(path)) as widgets:
-        ((made, _),) = widgets.create([(ID, Origin())])
-    with closing(Widgets(path)) as widgets:
-        assert widgets.create([(ID, Origin())]) == [(made, False)]
-
-
-@pytest.mark.parametrize("replacement", [None, b""], ids=["removed", "replaced"])
-def test_a_file_that_was_removed_or_replaced_takes_no_widget(
-    widgets: Widgets, path: Path, replacement: bytes | None
-) -> None:
-    widgets.create([(ID, Origin())])
-    path.rename(path.with_name("elsewhere"))
-    if replacement is not None:
-        path.write_bytes(replacement)
-    uses = [partial(widgets.create, [(each, Origin())]) for each in (OTHER_ID, ID)]
-    for use in (*uses, widgets.check_writing):
-        with pytest.raises(StoreError):
-            use()
 
 
 def test_a_file_that_is_removed_while_a_widget_is_written_takes_none(
