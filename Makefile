@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check --no-deps
 TESTS := $(BIN)/python -m pytest -m ''
-LOCK := uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --upgrade
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --upgrade
 SERVERS := zaqar18 zaqar23 sqs fuzz
 
 .PHONY: help setup demo run test test-quick browser check mutants bench campaigns zaqar sqs servers lock clean
@@ -59,7 +59,7 @@ sqs: .venv/installed .venvs/sqs/installed  ## run a local SQS server (in memory)
 	@echo "export WIDGET_CREATE=1 WIDGET_QUEUE_URL='sqs://us-east-1?endpoint=http://127.0.0.1:9324'"
 	@.venvs/sqs/bin/python tests/servers/sqs_server.py 9324 >/dev/null || test $$? -eq 130
 
-lock:  ## compile the lock files with the newest versions (needs uv)
+lock: .venv/tests-installed  ## compile the lock files with the newest versions
 	$(LOCK) --generate-hashes pyproject.toml requirements.txt --all-extras --output-file requirements.lock
 	$(LOCK) --generate-hashes tests/requirements.txt --constraints requirements.lock --output-file tests/requirements.lock
 	for server in $(SERVERS); do \

@@ -1,6 +1,7 @@
 """What an installation holds: the sdist, the wheel made of it, its commands in an environment of their own; imports."""
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -30,13 +31,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = f"from setuptools import build_meta; build_meta.build_sdist({str(built)!r})"
     subprocess.run([sys.executable, "-c", command], cwd=tree, stdout=subprocess.DEVNULL, check=True)
     (sdist,) = built.glob("*.tar.gz")
-    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", built, sdist)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", built, sdist], check=True)
     (found,) = built.glob("*.whl")
     return found
-
-
-def pip(*words: object, python: Path = Path(sys.executable)) -> None:
-    subprocess.run([python, "-m", "pip", "--quiet", *map(str, words)], stderr=subprocess.DEVNULL, check=True)
 
 
 def test_the_wheel_holds_four_modules_and_two_packages(wheel: Path) -> None:
@@ -47,13 +45,17 @@ def test_the_wheel_holds_four_modules_and_two_packages(wheel: Path) -> None:
     assert packed == wanted
 
 
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The commands of the wheel, in an environment of its own without an extra."""
-    environment = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-    pip("install", wheel, python=environment / "bin/python")
-    return environment / "bin"
+INSTALLERS = [["uv", "tool", "install", "--system-certs"], ["pipx", "install", "--backend", "pip"]]
+
+
+@pytest.fixture(scope="module", params=INSTALLERS, ids=["uv", "pipx"])
+def installed(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where that tool puts the commands of the wheel, without an extra."""
+    home = tmp_path_factory.mktemp("home")
+    places = {"UV_TOOL_DIR": home, "UV_TOOL_BIN_DIR": home / "bin", "PIPX_HOME": home, "PIPX_BIN_DIR": home / "bin"}
+    command = [sys.executable, "-m", *request.param, "--quiet", wheel]
+    subprocess.run(command, env=os.environ | places, check=True)
+    return home / "bin"
 
 
 def run(command: Path, *options: str, cwd: Path) -> tuple[int, str, str]:
