@@ -1,7 +1,7 @@
 """Keyring backends for tests, also by name: PYTHON_KEYRING_BACKEND=doubles.keyring_double.Keyring."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from unittest.mock import patch
 
 import keyring
 from keyring.backend import KeyringBackend
@@ -55,12 +55,6 @@ class Chain(ChainerBackend):
         self.backends = backends
 
 
-@contextmanager
-def keyring_of(backend: KeyringBackend) -> Iterator[None]:
-    """Use that backend until the block ends."""
-    before = keyring.core._keyring_backend
-    keyring.set_keyring(backend)
-    try:
-        yield
-    finally:
-        keyring.core._keyring_backend = before
+def keyring_of(backend: KeyringBackend) -> AbstractContextManager[object]:
+    """Use that backend until the block ends; keyring.set_keyring() could not be undone where there was none yet."""
+    return patch.object(keyring.core, "_keyring_backend", backend)

@@ -58,9 +58,10 @@ def send_message_batch(self, queue_name, entries):
 @one_at_a_time
 def pass_time(seconds):
     backends = [backend for account in sqs_backends.values() for backend in account.values()]
-    for message in [each for backend in backends for queue in backend.queues.values() for each in queue._messages]:
-        message.sent_timestamp -= int(seconds * 1000)
-        message.visible_at -= seconds * 1000
+    for queue in [queue for backend in backends for queue in backend.queues.values()]:
+        for message in queue._messages:  # noqa: SLF001
+            message.sent_timestamp -= int(seconds * 1000)
+            message.visible_at -= seconds * 1000
 
 
 class Application(moto.server.DomainDispatcherApplication):

@@ -1,5 +1,6 @@
 """Rackspace Cloud Queues with pyrax mocked, its odd answers included; and queue URLs. No network, no account."""
 
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ def answered(status: int, content: Any = None) -> tuple[requests.Response, bytes
     """What a client's method_* gives: the response and its content."""
     response = requests.Response()
     response.status_code = status
-    response._content = json.dumps(content).encode()
+    response.raw = io.BytesIO(json.dumps(content).encode())
     return response, response.content
 
 

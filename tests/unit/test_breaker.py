@@ -3,22 +3,12 @@
 import threading
 from concurrent.futures import Future, wait
 
-import pytest
-
 from widgets.breaker import Breaker
 from widgets.delivery import Answer, Failure
 
 FAILED = Answer(failure=Failure.FAILED, status=500, reason="HTTP 500")
 REFUSED = Answer(failure=Failure.UNAVAILABLE, reason="connection refused")
 WRONG = Answer(failure=Failure.MISCONFIGURED, status=404, reason="HTTP 404")
-
-
-@pytest.fixture
-def now(monkeypatch):
-    """The monotonic clock, moved by hand."""
-    clock = [1000.0]
-    monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    return clock
 
 
 def fail(breaker, id_, answer=FAILED, *, charge=5, is_well=True):

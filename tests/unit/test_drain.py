@@ -1,6 +1,5 @@
 """Drain: it waits for what others hold and for a maker that is away, and gives up where waiting does not help."""
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -20,13 +19,6 @@ AWAY = Answer(failure=Failure.UNAVAILABLE, reason="refused")
 def queues(tmp_path):
     with SqliteQueues(tmp_path / "q.sqlite3") as queues:
         yield queues
-
-
-@pytest.fixture
-def now(monkeypatch):
-    clock = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    return clock
 
 
 def test_it_gives_up_after_a_minute_in_which_another_server_answers(queues, now):

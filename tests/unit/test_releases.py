@@ -1,6 +1,5 @@
 """Releases: claims that come back later, also where the service cannot delay."""
 
-import time
 from contextlib import suppress
 from dataclasses import replace
 
@@ -17,13 +16,6 @@ def queues(tmp_path):
     with SqliteQueues(tmp_path / "q.sqlite3") as real:
         real.post("q", ["a", "b"])
         yield TroubledQueues(real, replace(real.limits, release_delay=0))
-
-
-@pytest.fixture
-def now(monkeypatch):
-    clock = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    return clock
 
 
 def claim(queues):

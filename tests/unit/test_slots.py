@@ -11,13 +11,6 @@ from widgets.slots import Slots
 TOO_MANY = Answer(status=429)
 
 
-@pytest.fixture
-def now(monkeypatch):
-    clock = [1000.0]
-    monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    return clock
-
-
 def asking(slots, most):
     """What another thread gets that asks for messages now: a future."""
     answer = Future()
