@@ -124,7 +124,14 @@ class ZaqarApi(RemoteQueues):
     def browse(self, queue: str, *, after: str = "", limit: int = 20, wait: float = 0) -> tuple[list[Message], str]:
         shown = {"echo": "true", "include_claimed": "true", "include_delayed": "true"}
         query = {"marker": after or "-1", "limit": min(limit, PAGE), **shown}  # the Redis driver needs a marker
-        ask = partial(self._ask, "browse", queue, f"GET /queues/{queue}/messages", _messages, params=query)
+
+        def read(answer: Answer) -> Found:
+            """Without what came before: the Redis driver shows the first message of a queue again after itself."""
+            found, marker = _messages(answer)
+            ids = [message.id for message in found]
+            return found[ids.index(after) + 1 if after in ids else 0 :], marker
+
+        ask = partial(self._ask, "browse", queue, f"GET /queues/{queue}/messages", read, params=query)
         messages, marker, _ = self._look(queue, min(limit, PAGE), wait, ask)
         return list(messages), marker or after
 

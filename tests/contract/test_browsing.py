@@ -43,12 +43,15 @@ def test_a_marker_goes_on_behind_what_was_shown(browser, queues, queue):
     assert bodies(browser.browse(queue, after=after_third)[0]) == ["new"]
 
 
-def test_a_marker_holds_when_its_message_is_gone(browser, queues, queue):
+def test_a_marker_holds_when_its_message_is_gone_or_the_only_one_left(browser, queues, queue):
     ids = queues.post(queue, [1, 2])
     _, marker = browser.browse(queue, limit=1)
     queues.delete(queue, ids[:1])
 
-    assert bodies(browser.browse(queue, after=marker)[0]) == [2]
+    rest, marker = browser.browse(queue, after=marker)
+
+    assert bodies(rest) == [2]
+    assert browser.browse(queue, after=marker)[0] == []
 
 
 def test_claimed_released_and_lapsed_messages_are_shown_at_their_place(service, browser, queues, queue, claim):
