@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check --no-deps
 TESTS := $(BIN)/python -m pytest -m ''
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --upgrade
-SERVERS := zaqar18 zaqar23 sqs fuzz
+SERVERS := zaqar18 zaqar23 sqs
 
 .PHONY: help setup demo run test test-quick browser check mutants bench campaigns zaqar sqs servers lock clean
 

@@ -13,6 +13,7 @@ from urllib.parse import urlencode
 import pytest
 import queue_servers
 from backends import Service, until_exit
+from support import ANSWER_S
 
 ZaqarQueues = pytest.importorskip("claim_queues.zaqar").ZaqarQueues  # needs openstacksdk
 BRING_EXPIRIES_NEARER = """
@@ -63,7 +64,7 @@ def _bring_expiries_nearer(seconds: float) -> None:
     """Let that much time pass for all that expires in this process's Redis."""
     words = ["EVAL", BRING_EXPIRIES_NEARER, "0", str(round(seconds * 1000))]
     command = f"*{len(words)}\r\n" + "".join(f"${len(word)}\r\n{word}\r\n" for word in words)
-    with socket.create_connection(("127.0.0.1", _redis_port()), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", _redis_port()), timeout=ANSWER_S) as connection:
         connection.sendall(command.encode())
         answer = connection.recv(4096)
     assert not answer.startswith(b"-"), answer

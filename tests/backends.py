@@ -22,16 +22,16 @@ class Service(ExitStack):
     advance: lets that many seconds pass for the service.
     """
 
-    def __init__(self, opened: Callable[[], Queues], advance: Callable[[float], None], *, url: str = "") -> None:
+    def __init__(self, open_queues: Callable[[], Queues], advance: Callable[[float], None], *, url: str = "") -> None:
         super().__init__()
         self.advance = advance
         self.url = url
-        self._opened = opened
+        self._open_queues = open_queues
         self.queues = self.another()
 
     def another(self) -> Queues:
         """A further object for the same queues, as another process would have; closed with the service."""
-        return self.enter_context(self._opened())
+        return self.enter_context(self._open_queues())
 
 
 def embedded(directory: Path) -> Service:

@@ -9,12 +9,12 @@ from typing import Any
 
 import apsw
 from doubles.scripted_maker import ScriptedMaker
-from support import Script, script, wait_until
+from support import LETTERS as DEAD_LETTERS
+from support import REQUESTS, RESPONSES, Script, script, wait_until
 
 from claim_queues.sqlite import SqliteQueues
 from widget_consumer import Consumer
 
-REQUESTS, RESPONSES, DEAD_LETTERS = (f"itchy-octo-chainsaw-{kind}" for kind in ("request", "response", "dead-letter"))
 OPTIONS = SimpleNamespace(
     request_queue="requests",
     queues=["requests", "responses", "letters"],
@@ -57,7 +57,7 @@ class Rig:
 
     def consumer(self, *options: object, **how: Any) -> AbstractContextManager[Script]:
         usual: list[object] = ["--queue-url", f"sqlite:///{self.file}", "--maker-url", self.maker.url]
-        usual += ["--receive-counts", self.counts_file, "--log-format", "json", "--log-level", "debug", "--deadline", 5]
+        usual += ["--receive-counts", self.counts_file, "--log-format", "json", "--log-level", "debug"]
         return script("widget_consumer.py", *usual, *options, cwd=self.directory, **how)
 
     def drain(self, *options: object, code: int = 0, hurry: bool = True) -> Script:

@@ -1,4 +1,4 @@
-"""What the tests share: waiting for a condition, free ports, and the project's scripts as real processes."""
+"""What the tests share: names, waiting for a condition, free ports, and the project's scripts as real processes."""
 
 import json
 import os
@@ -7,9 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,27 @@ import requests
 
 HERE = Path(__file__).resolve().parent.parent
 PATIENCE_S = 30.0
+ANSWER_S = 20.0
+"""What an HTTP server may take to answer, however busy the machine is."""
+REQUESTS, RESPONSES, LETTERS = (f"itchy-octo-chainsaw-{kind}" for kind in ("request", "response", "dead-letter"))
+
+
+def nth_id(number: int) -> str:
+    """A widget id."""
+    return f"{number:08x}-54f4-11e5-ad75-3c970e65f731"
+
+
+def letter(number: int) -> dict[str, Any]:
+    """A dead letter."""
+    return {
+        "version": 1,
+        "request_id": f"old-{number}",
+        "body": {"widget_id": f"w{number}", "colour": "red"},
+        "reason": f"HTTP {500 + number}",
+        "receive_count": 5,
+        "first_received_at": "2026-01-02T03:04:05.678Z",
+        "last_received_at": "2026-01-02T03:14:15.678Z",
+    }
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = PATIENCE_S) -> Any:
@@ -26,7 +47,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = PATIENCE_S) -> Any
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, f"nothing came of it within {seconds:g} s"
-        threading.Event().wait(0.01)
+        time.sleep(0.01)
     return found
 
 
@@ -119,18 +140,17 @@ def script(name: str, *options: object, **how: Any) -> Iterator[Script]:
         running.kill()
 
 
-def run_script(name: str, *options: object, cwd: Path, env: dict[str, str] | None = None, stdin: str = "") -> Any:
-    """Run a script to its end: an object with returncode, stdout and stderr."""
-    return subprocess.run(
-        [*_command(name), *map(str, options)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(HERE)} | (env or {}),
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def run(*command: object, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end. how: see subprocess.run."""
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, **how)
+
+
+def run_script(
+    name: str, *options: object, cwd: Path, env: dict[str, str] | None = None, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of the project to its end."""
+    env = os.environ | {"PYTHONPATH": str(HERE)} | (env or {})
+    return run(*_command(name), *options, cwd=cwd, env=env, input=stdin)
 
 
 def _command(name: str) -> list[str]:
@@ -143,7 +163,7 @@ def widget_maker(cwd: Path, *options: object, port: int | None = None) -> Iterat
     port = port or free_port()
     url = f"http://127.0.0.1:{port}"
     with script("widget_maker.py", "--port", port, "--database", cwd / "widgets.sqlite3", *options, cwd=cwd) as maker:
-        wait_until(lambda: is_healthy(url) or maker.process.poll() is not None)
+        wait_until(lambda: status(f"{url}/healthz") or maker.process.poll() is not None)
         assert maker.process.poll() is None, maker.err
         yield url, maker
 
@@ -151,7 +171,7 @@ def widget_maker(cwd: Path, *options: object, port: int | None = None) -> Iterat
 def status(url: str) -> int:
     """What a GET is answered now; 0: there is no answer."""
     with suppress(requests.RequestException):
-        return requests.get(url, timeout=2).status_code
+        return requests.get(url, timeout=ANSWER_S).status_code
     return 0
 
 
@@ -164,7 +184,12 @@ def widgets(maker_url: str) -> list[str]:
     found: list[str] = []
     after: str | None = ""
     while after is not None:
-        page = requests.get(f"{maker_url}/widgets", params={"limit": 100, "after": after}, timeout=5).json()
+        page = requests.get(f"{maker_url}/widgets", params={"limit": 100, "after": after}, timeout=ANSWER_S).json()
         found += [widget["id"] for widget in page["widgets"]]
         after = page["next"]
     return found
+
+
+def is_waiting(work: Future[Any], seconds: float = 0.2) -> bool:
+    """Whether it is still not done after so long."""
+    return not wait([work], seconds).done

@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,16 +11,12 @@ import pytest
 import queue_servers
 import requests
 import yaml
-from support import HERE, free_port, run_script, script, tool_or_skip, wait_until, widget_maker
+from support import ANSWER_S, HERE, free_port, run, run_script, script, tool_or_skip, wait_until, widget_maker
 
 DEPLOY = HERE / "deploy"
 SERVICES = yaml.safe_load((DEPLOY / "compose.yml").read_text())["services"]
 UNITS = sorted(DEPLOY.glob("*.service"))
 units = pytest.mark.parametrize("unit", UNITS, ids=[unit.stem for unit in UNITS])
-
-
-def run(*command: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
 
 
 def settings(unit: Path) -> dict[str, str]:
@@ -136,7 +131,8 @@ def test_alerts_and_dashboard_ask_for_metrics_that_there_are(tmp_path: Path) -> 
             run_script("widget_producer.py", "--wait", cwd=tmp_path)
 
             def served() -> set[str]:
-                pages = [requests.get(f"{page}/metrics", timeout=5).text for page in (url, f"http://127.0.0.1:{port}")]
+                urls = [f"{url}/metrics", f"http://127.0.0.1:{port}/metrics"]
+                pages = [requests.get(each, timeout=ANSWER_S).text for each in urls]
                 return set(re.findall(r"^(?:# TYPE )?(\w+)", "\n".join(pages), re.M))
 
             wait_until(lambda: "widget_consumer_queue_oldest_age_seconds" in served())

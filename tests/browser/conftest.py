@@ -11,10 +11,11 @@ from typing import Any
 
 import axe_playwright_python
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 CHROMIUM_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 """root's Chromium starts only without a sandbox."""
+expect.set_options(timeout=30_000)
 AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
 SCREENSHOTS = Path(__file__).parent / "screenshots"
 LISTEN = """

@@ -11,13 +11,9 @@ import pytest
 import requests
 from browser.conftest import Open
 from playwright.sync_api import expect
-from support import run_script, script, wait_until, widget_maker, widgets
+from support import ANSWER_S, run_script, script, wait_until, widget_maker, widgets
 
 pytestmark = pytest.mark.xdist_group("browser")
-
-SHOWN_WITHIN_MS = 2000
-BAR_WITHIN_MS = 10_000
-"""A bar is drawn when its 5 seconds are over."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +33,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def make(url: str, widget_id: str | None = None) -> str:
     """Make a widget, however often the maker plays a failure: its id."""
     widget_id = widget_id or str(uuid.uuid1())
-    wait_until(lambda: requests.post(f"{url}/widgets", json={"widget_id": widget_id}, timeout=5).ok)
+    wait_until(lambda: requests.post(f"{url}/widgets", json={"widget_id": widget_id}, timeout=ANSWER_S).ok)
     return widget_id
 
 
@@ -63,7 +59,7 @@ def test_a_maker_that_has_made_nothing_says_what_to_type_and_one_in_an_outage_sa
 ) -> None:
     for name, words, shown in (
         ("empty", [], "python widget_producer.py --wait"),
-        ("outage", ["--outage", "2:1000"], "Outage on purpose"),
+        ("outage", ["--outage", "0:1000"], "Outage on purpose"),
     ):
         with widget_maker(tmp_path, *words) as (url, _):
             watched = open_page(f"{url}/")
@@ -88,10 +84,10 @@ def test_without_javascript_everything_is_shown_and_the_page_reloads_itself(runn
     page = open_page(f"{running}/", java_script_enabled=False).page
     expect(page.locator("#list > li svg.picture")).to_have_count(24)
     assert page.locator("#totals").is_visible()
-    expect(page.locator(".bar").first).to_be_visible(timeout=BAR_WITHIN_MS)
+    expect(page.locator(".bar").first).to_be_visible()
     assert page.get_by_role("button", name="Pause").is_hidden()
     made = make(running)
-    expect(page.locator("#list code").first).to_have_text(made, timeout=8000)
+    expect(page.locator("#list code").first).to_have_text(made)
 
 
 @pytest.mark.parametrize("has_javascript", [True, False])
@@ -129,7 +125,7 @@ def test_new_widgets_show_without_a_reload_unless_one_points_at_the_list_or_paus
 
     def stands_at(place: int) -> None:
         """The link that was the first at the start."""
-        expect(page.locator("#list a").nth(place)).to_have_attribute("href", where, timeout=SHOWN_WITHIN_MS)
+        expect(page.locator("#list a").nth(place)).to_have_attribute("href", where)
 
     first.focus()
     make(running)
@@ -151,7 +147,7 @@ def test_new_widgets_show_without_a_reload_unless_one_points_at_the_list_or_paus
     expect(page.locator("#state")).to_have_text("Paused")
     asked = len(watched.requests)
     make(running)
-    page.wait_for_timeout(SHOWN_WITHIN_MS)
+    page.wait_for_timeout(2000)
     assert len(watched.requests) == asked
     stands_at(3)
     page.keyboard.press("Space")
@@ -177,6 +173,6 @@ def test_the_page_says_that_the_maker_is_gone_and_goes_on_when_it_is_back(tmp_pa
     with widget_maker(tmp_path, port=int(url.rpartition(":")[2])) as (_, maker):
         expect(page.locator("#state")).to_have_text("Live")
         os.killpg(maker.process.pid, signal.SIGSTOP)
-        expect(page.locator("#state")).to_have_text("The maker does not answer: trying again", timeout=25_000)
+        expect(page.locator("#state")).to_have_text("The maker does not answer: trying again")
         os.killpg(maker.process.pid, signal.SIGCONT)
         expect(page.locator("#state")).to_have_text("Live")

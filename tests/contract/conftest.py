@@ -2,8 +2,8 @@
 
 import uuid
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 from backends import Service, skip_unless
@@ -11,24 +11,24 @@ from backends import Service, skip_unless
 from claim_queues import Claim, Limits, Queues
 
 SERVICES = {
-    "embedded": "backends",
-    "cloud-queues": "backend_cloud_queues",
-    "zaqar-mongodb": "backend_zaqar",
-    "zaqar-redis": "backend_zaqar",
-    "sqs": "backend_sqs",
+    "embedded": "backends:embedded",
+    "cloud-queues": "backend_cloud_queues:cloud_queues",
+    "zaqar-mongodb": "backend_zaqar:zaqar_mongodb",
+    "zaqar-redis": "backend_zaqar:zaqar_redis",
+    "sqs": "backend_sqs:sqs",
 }
-"""The module that has each one, which skips where the service's SDK is missing; by the name that test ids show."""
+"""What opens each one, by the name that test ids show; its module skips where the service's SDK is missing."""
 MONGODB_DEFECTS = {
-    "test_a_lapsed_claim_cannot_delete": "XM1: an expired claim deletes what nobody has claimed since",
+    "test_a_lapsed_claim_cannot_delete": "an expired claim deletes what nobody has claimed since",
 }
 REDIS_DEFECTS = {
-    "test_a_claim_passes_over_claimed_messages_anywhere_in_the_queue": "XR1: hands out what others hold",
-    "test_only_a_message_that_would_expire_in_a_claim_lives_on_until_the_grace_after_it": "XR2: ignores grace",
-    "test_a_lapsed_claim_cannot_be_renewed_whoever_has_its_message": "XR3: renewing an expired claim is HTTP 503",
-    "test_releasing_too_late_leaves_alone_what_another_holds": "XR4: releasing an expired claim is HTTP 503",
-    "test_lapsed_messages_count_as_free_and_expired_ones_not_at_all": "XR6: stats are HTTP 503 once anything expired",
-    "test_a_lapsed_claim_cannot_delete_what_another_holds": "XR17: deleting what another holds is HTTP 503",
-    "test_a_delete_leaves_other_queues_alone": "XR18: a message is deleted through any queue",
+    "test_a_claim_passes_over_claimed_messages_anywhere_in_the_queue": "hands out what others hold",
+    "test_a_message_that_would_expire_in_a_claim_lives_on_until_the_grace_after_it": "ignores grace",
+    "test_a_lapsed_claim_cannot_be_renewed_whoever_has_its_message": "renewing an expired claim is HTTP 503",
+    "test_releasing_too_late_leaves_alone_what_another_holds": "releasing an expired claim is HTTP 503",
+    "test_lapsed_messages_count_as_free_and_expired_ones_not_at_all": "stats are HTTP 503 once anything expired",
+    "test_a_lapsed_claim_cannot_delete_what_another_holds": "deleting what another holds is HTTP 503",
+    "test_a_delete_leaves_other_queues_alone": "a message is deleted through any queue",
 }
 DEFECTS = {"cloud-queues": MONGODB_DEFECTS, "zaqar-mongodb": MONGODB_DEFECTS, "zaqar-redis": REDIS_DEFECTS}
 """Tests that a service's own defect makes fail, by service and name."""
@@ -46,8 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=SERVICES)
 def service(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service]:
-    open_service = getattr(import_module(SERVICES[request.param]), request.param.replace("-", "_"))
-    with open_service(tmp_path) as service:
+    with resolve_name(SERVICES[request.param])(tmp_path) as service:
         yield service
 
 

@@ -79,24 +79,33 @@ def test_a_message_has_its_age_since_its_post_and_its_receive_count_where_the_se
         service.advance(61)
 
     first, second, third = (message.age for message in received)
-    assert 2 <= first < 10
-    assert first + 60 <= second < first + 70
-    assert second + 60 <= third < second + 70
+    assert 2 <= first < 30
+    assert first + 60 <= second < first + 90
+    assert second + 60 <= third < second + 90
     assert [message.receive_count for message in received] in ([None, None, None], [1, 2, 3])
 
 
-def test_only_a_message_that_would_expire_in_a_claim_lives_on_until_the_grace_after_it(
+def test_a_message_that_would_expire_in_a_claim_lives_on_until_the_grace_after_it(
     service, queues, rival, queue, limits, claim
 ):
     skip_unless(limits.has_grace, "lets messages expire while they are claimed")
     queues.post(queue, ["short-lived"], ttl=60)
+    service.advance(30)
+    claim(queues)
+
+    service.advance(100)
+    assert bodies(rival.browse(queue)[0]) == ["short-lived"]
+    service.advance(21)
+    assert claim(rival) is None
+
+
+def test_a_message_that_would_not_expire_in_its_claim_keeps_its_own_ttl(service, queues, queue, limits, claim):
+    skip_unless(limits.has_message_ttl, "gives all messages of a queue one TTL")
     queues.post(queue, ["long enough"], ttl=120)
     service.advance(30)
-    claim(queues, 2)
+    claim(queues)
 
-    service.advance(61)
-    assert bodies(rival.browse(queue)[0]) == ["short-lived", "long enough"]
-    service.advance(35)
-    assert bodies(rival.browse(queue)[0]) == ["short-lived"]
-    service.advance(25)
-    assert claim(rival) is None
+    service.advance(70)
+    assert bodies(queues.browse(queue)[0]) == ["long enough"]
+    service.advance(21)
+    assert claim(queues) is None

@@ -56,15 +56,15 @@ def test_the_oldest_age_is_that_of_the_oldest_message_claimed_or_not(service, qu
     queues.post(queue, ["old"])
     service.advance(100)
     queues.post(queue, ["young"])
-    assert 99 <= queues.stats(queue).oldest_age < 110
+    assert 99 <= queues.stats(queue).oldest_age < 130
 
     held = claim(queues)
-    assert 99 <= queues.stats(queue).oldest_age < 110
+    assert 99 <= queues.stats(queue).oldest_age < 130
     queues.settle(held, [Settlement(held.messages[0])])
-    assert 0 <= queues.stats(queue).oldest_age < 10
+    assert 0 <= queues.stats(queue).oldest_age < 30
 
 
-def test_a_missing_queue_is_no_empty_one(queues, limits):
+def test_a_missing_queue_is_not_an_empty_one(queues, limits):
     skip_unless(not limits.makes_queues, "makes queues at their first use")
 
     assert not queues.exists("missing")

@@ -40,9 +40,9 @@ def test_a_message_released_with_a_delay_is_free_at_its_old_place_when_that_ends
     queues.release(held, delay=100)
 
     assert not queues.settle(held, [Settlement(message)]).deleted
-    service.advance(95)
+    service.advance(80)
     now = claim(queues, 2)
     assert bodies(now) == [2]
     queues.release(now)
-    service.advance(6)
+    service.advance(21)
     assert bodies(claim(queues, 2)) == [1, 2]

@@ -40,9 +40,9 @@ def test_an_outcome_lives_for_the_ttl_that_it_names(service, queues, queue, othe
     held = claim(queues)
     queues.settle(held, [Settlement(held.messages[0], (Post(other_queue, "response", ttl=100),))])
 
-    service.advance(95)
+    service.advance(80)
     assert bodies(queues.browse(other_queue)[0]) == ["response"]
-    service.advance(6)
+    service.advance(21)
     assert queues.browse(other_queue)[0] == []
 
 

@@ -1,10 +1,11 @@
 """Claims and looks wait for a first message; the wait ends with a message, with its time, or on request."""
 
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from backends import bodies, skip_unless
+from support import is_waiting
 
 LONG_S, SOON_S = 40, 20
 """The second is long before the first, and long enough for a busy machine."""
@@ -23,10 +24,6 @@ def look(request, queues, queue, limits, claim):
         return lambda seconds: bodies(claim(queues, 2, wait=seconds))
     skip_unless(limits.can_browse, "cannot look without claiming")
     return lambda seconds: bodies(queues.browse(queue, wait=seconds)[0])
-
-
-def is_waiting(looking):
-    return not wait([looking], timeout=0.2).done
 
 
 def test_a_post_by_another_process_ends_a_wait_in_which_other_threads_use_the_object(

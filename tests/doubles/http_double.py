@@ -13,9 +13,12 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import Any, Self
 
 import requests
@@ -27,10 +30,14 @@ HOP_BY_HOP = {"connection", "transfer-encoding", "content-length", "content-enco
 
 @dataclass(frozen=True)
 class Request:
+    """A request as it came. connection: the number of its TCP connection, from 1. at: monotonic seconds."""
+
     method: str
     path: str
     headers: Mapping[str, str]
     body: bytes
+    connection: int = 0
+    at: float = 0.0
 
     @property
     def json(self) -> Any:
@@ -43,37 +50,65 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """status 0: the connection is reset. body: text and bytes as they are, anything else as JSON."""
+    """A whole answer. body: text and bytes are sent as they are, anything else as JSON. before: bytes sent before it.
+
+    status 0: no answer, the connection is reset. headers: replace those of the same name; None leaves one of them
+    (Content-Length, Content-Type) out.
+    """
 
     status: int
     body: Any = ""
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str | None] = field(default_factory=dict)
+    before: bytes = b""
 
 
 LOST = Reply(0)
-Answer = Callable[[Request], Reply]
+Answer = Callable[[Request], Reply | None]
+"""None: no answer, the connection is closed."""
 
 
 class HttpDouble:
-    """answer: called for each request, in its connection's thread. requests, connections: so far."""
+    """An HTTP/1.1 server with kept-alive connections on a loopback port, a thread for each connection.
 
-    def __init__(self, answer: Answer | None = None, *, tls: ssl.SSLContext | None = None) -> None:
+    answer: called for each request, in its connection's thread. requests, connections: so far.
+    """
+
+    def __init__(self, answer: Answer | None = None, *, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
         self.answer = answer or (lambda _: Reply(404))
         self.requests: list[Request] = []
         self.connections = 0
         self.tls = tls
-        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"double": self}))
-        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        self.port = port
+        self._server: _Server | None = None
+        self.up()
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Self:
-        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        self._stop()
+
+    @contextmanager
+    def down(self) -> Iterator[None]:
+        """Refuse connections until up(), or the block ends, as while a server is started again."""
+        self._stop()
+        yield
+        self.up()
+
+    def up(self) -> None:
+        """Accept connections again."""
+        if self._server is None:
+            self._server = server = _Server(self, self.port)
+            self.port = server.server_address[1]
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def _stop(self) -> None:
+        server, self._server = self._server, None
+        if server:
+            server.shutdown()
+            server.server_close()
+            server.cut_all()
 
 
 class FaultProxy(HttpDouble):
@@ -119,8 +154,32 @@ class FaultProxy(HttpDouble):
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = True
+    daemon_threads = True  # one of them may end the server
     request_queue_size = 128
+    server_address: tuple[str, int]
+
+    def __init__(self, double: HttpDouble, port: int) -> None:
+        self.double = double
+        self._open: set[socket.socket] = set()
+        super().__init__(("127.0.0.1", port), _Handler)
+
+    def server_bind(self) -> None:
+        TCPServer.server_bind(self)  # without the name look-up of HTTPServer
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self.double.connections += 1
+        self._open.add(connection)
+        return connection, (*address, self.double.connections)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._open.discard(request)
+        super().shutdown_request(request)
+
+    def cut_all(self) -> None:
+        for connection in list(self._open):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, *_: Any) -> None:
         """What the client did to its connection is the test's business, not an error."""
@@ -129,12 +188,11 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    double: HttpDouble
+    server: _Server
 
     def setup(self) -> None:
-        self.double.connections += 1
-        if self.double.tls:
-            self.request = self.double.tls.wrap_socket(self.request, server_side=True)
+        if tls := self.server.double.tls:
+            self.request = tls.wrap_socket(self.request, server_side=True)
         super().setup()
 
     def finish(self) -> None:
@@ -143,24 +201,31 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        request = Request(self.command, self.path, self.headers, body)
-        self.double.requests.append(request)
-        reply = self.double.answer(request)
-        if not reply.status:
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-            self.close_connection = True
+        request = Request(self.command, self.path, self.headers, body, self.client_address[-1], time.monotonic())
+        self.server.double.requests.append(request)
+        reply = self.server.double.answer(request)
+        if reply and reply.status:
+            self._send(reply)
             return
+        self.close_connection = True
+        if reply:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+    do_GET = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_POST  # noqa: N815
+
+    def _send(self, reply: Reply) -> None:
         text = reply.body if isinstance(reply.body, str | bytes) else json.dumps(reply.body)
         content = text.encode() if isinstance(text, str) else text
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(content))} | dict(reply.headers)
+        self.wfile.write(reply.before)
         self.send_response_only(reply.status)
-        for name, value in ({"Content-Type": "application/json"} | dict(reply.headers)).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
+        for name, value in headers.items():
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
-
-    do_GET = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_POST  # noqa: N815
+        self.close_connection = self.close_connection or headers["Content-Length"] is None
 
     def log_message(self, *_: Any) -> None:
         """Nothing: the test looks at `requests`."""

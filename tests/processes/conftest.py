@@ -1,4 +1,4 @@
-"""Consumers between the embedded queue and a maker that does as a test says."""
+"""The rig as a fixture."""
 
 from collections.abc import Iterator
 from pathlib import Path

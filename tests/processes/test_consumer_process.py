@@ -11,10 +11,7 @@ from typing import Any
 import pytest
 from doubles.scripted_maker import Post, Reply, ScriptedMaker, Silence
 from rig import REQUESTS, Rig, numbered
-from support import free_port, under, wait_until
-
-FROM_A_MAKER = {"error": {"code": "bad_id", "message": "no such shape"}}
-
+from support import under, wait_until
 
 # One request's way
 
@@ -44,7 +41,7 @@ def test_what_always_fails_is_a_dead_letter_after_max_receives_while_others_pass
     [bad_id, *_] = rig.post("bad", *numbered("good", 9))
     rig.maker.answer = lambda post: 500 if post.widget_id == "bad" else rig.maker.make(post)
 
-    rig.drain("--max-receives", 3)
+    drained = rig.drain("--max-receives", 3)
 
     [letter] = rig.letters()
     assert letter["first_received_at"] < letter["last_received_at"]
@@ -52,6 +49,7 @@ def test_what_always_fails_is_a_dead_letter_after_max_receives_while_others_pass
     assert letter["reason"] == "HTTP 500: scripted 500"
     assert [post.headers["X-Message-Receive-Count"] for post in rig.maker.posts_of("bad")] == ["1", "2", "3"]
     assert rig.outcomes() == {"bad": "failed"} | dict.fromkeys(numbered("good", 9), "created")
+    assert [(event["created"], event["failed"]) for event in drained.events("drained")] == [(9, 1)]
     assert rig.counted() == 0
 
 
@@ -62,10 +60,10 @@ def test_the_first_signal_lets_posts_end_and_frees_the_rest_at_once(rig: Rig) ->
     go_on = threading.Event()
     rig.post(*numbered("quick", 4))
     rig.maker.answer = lambda post: (post.widget_id < "r" or go_on.wait(30)) and rig.maker.make(post)
-    with rig.consumer("--slots", 2, "--deadline", 20, "--poll-interval", 0.1) as consumer:
+    with rig.consumer("--slots", 2, "--poll-interval", 0.1) as consumer:
         wait_until(lambda: len(rig.responses()) == 4)  # it knows now that its maker is quick, and claims more at once
         rig.post(*numbered("slow", 10))
-        wait_until(lambda: len(rig.maker.posts) == 4 + 2 and rig.queues.stats(REQUESTS).claimed == 10)
+        wait_until(lambda: len(rig.maker.posts) == 4 + 2 and rig.queues.stats(REQUESTS).claimed > 2)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # at once, as GNU timeout sends two: they are one
             consumer.signal(number)
         wait_until(lambda: "stopping" in consumer.err)
@@ -80,21 +78,21 @@ def test_the_first_signal_lets_posts_end_and_frees_the_rest_at_once(rig: Rig) ->
 def test_a_second_signal_ends_the_consumer_at_once(rig: Rig) -> None:
     rig.post("w")
     rig.maker.answer = lambda post: rig.maker.hang()
-    with rig.consumer("--deadline", 30) as consumer:
+    with rig.consumer("--deadline", 60) as consumer:
         wait_until(lambda: rig.maker.posts)
         consumer.signal(signal.SIGTERM)
         # Those that come too soon to be a second one change nothing.
-        wait_until(lambda: consumer.signal(signal.SIGTERM) or consumer.process.poll() is not None, seconds=10)
+        wait_until(lambda: consumer.signal(signal.SIGTERM) or consumer.process.poll() is not None)
         assert consumer.exit_code() == 143
     assert rig.left() == 1
 
 
-def test_a_signal_ends_a_consumer_that_waits_for_its_maker_promptly(rig: Rig) -> None:
+def test_a_signal_ends_a_consumer_that_waits_for_its_maker(rig: Rig) -> None:
     rig.post(*numbered("w", 12))
-    with rig.consumer("--maker-url", f"http://127.0.0.1:{free_port()}/widgets") as waiting:
+    with rig.consumer("--maker-url", "http://127.0.0.1:1/widgets") as waiting:
         rig.wait(lambda: waiting.events("the maker fails: trying it with one claim at a time"))
         waiting.signal(signal.SIGTERM)
-        assert waiting.exit_code(10) == 0
+        assert waiting.exit_code() == 0
     assert (rig.left(), rig.queues.stats(REQUESTS).claimed) == (12, 0)
 
 
@@ -142,11 +140,10 @@ def test_a_message_that_kills_the_maker_becomes_a_dead_letter_and_takes_no_other
             time.sleep(0.05)  # so that others are under way
             return rig.maker.make(post)
         with rig.maker.down():
-            if len(rig.maker.posts_of("killer")) > 1:
+            if len(rig.maker.posts_of("killer")) == 1:  # away until the killer was refused once, which charges nothing
+                rig.wait(refused)
+            else:
                 time.sleep(0.3)
-            else:  # the maker starts so slowly that the killer is tried in vain meanwhile, which proves nothing
-                tried = len(refused())
-                rig.wait(lambda: len(refused()) > tried)
         return Silence.CUT
 
     def refused() -> list[Any]:
@@ -166,7 +163,7 @@ def test_a_consumer_whose_claim_was_lost_stores_no_second_outcome(rig: Rig) -> N
     rig.post("w")
     go_on = threading.Event()
     rig.maker.answer = lambda post: go_on.wait(30) and rig.maker.make(post)
-    with rig.consumer("--deadline", 20) as loser:
+    with rig.consumer() as loser:
         wait_until(lambda: rig.maker.posts)
         rig.end_claims()
         with rig.consumer("--drain", "--poll-interval", 0.1) as winner:
@@ -179,7 +176,7 @@ def test_a_consumer_whose_claim_was_lost_stores_no_second_outcome(rig: Rig) -> N
     assert rig.outcomes() == {"w": "created"}
 
 
-def test_a_message_that_was_received_before_is_posted_once_a_receive(rig: Rig) -> None:
+def test_a_message_that_was_received_before_is_posted_once_per_receive(rig: Rig) -> None:
     ids = numbered("w", 8)
     rig.post(*ids)
     used: set[int] = set()
@@ -195,7 +192,9 @@ def test_a_message_that_was_received_before_is_posted_once_a_receive(rig: Rig) -
 
     seen = Counter((post.widget_id, int(post.headers["X-Message-Receive-Count"])) for post in rig.maker.posts)
     counts = {response["widget_id"]: response["receive_count"] for response in rig.responses()}
-    assert {key: times for key, times in seen.items() if times > 1 and key[1] > 1} == {}
+    # At its first receive it may go out on a kept connection, and once more on a new one where that was closed.
+    again = [(id_, receive) for (id_, receive), number in seen.items() if receive > 1 and number > 1]
+    assert again == []
     assert {id_: max(count for found, count in seen if found == id_) for id_ in ids} == counts
 
 
@@ -240,7 +239,7 @@ def test_a_maker_that_knows_no_batches_gets_one_and_then_single_requests(rig: Ri
 
 def test_check_says_what_is_wrong_and_takes_no_message(rig: Rig) -> None:
     rig.post("w")
-    rig.maker.answer = lambda post: Reply(422, FROM_A_MAKER)
+    rig.maker.answer = lambda post: Reply(422, {"error": {"code": "bad_id", "message": "no such shape"}})
     with rig.consumer("--check") as well:
         assert well.exit_code() == 0, well.out
     assert [post.json for post in rig.maker.posts] == [{"widget_id": ""}]

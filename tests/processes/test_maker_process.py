@@ -13,20 +13,27 @@ from pathlib import Path
 import apsw
 import pytest
 import requests
-from support import free_port, is_healthy, run_script, script, under, wait_until, widget_maker, widgets
+from support import (
+    ANSWER_S,
+    free_port,
+    is_healthy,
+    nth_id,
+    run_script,
+    script,
+    status,
+    under,
+    wait_until,
+    widget_maker,
+    widgets,
+)
 
 ID = "31f37378-54f4-11e5-ad75-3c970e65f731"
 BODY = json.dumps({"widget_id": ID}).encode()
 HEAD = b"POST /widgets HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-SHORT_S = 5.0
 
 
 def post(url: str, widget_id: str = ID) -> requests.Response:
-    return requests.post(f"{url}/widgets", json={"widget_id": widget_id}, timeout=20)
-
-
-def number_n(number: int) -> str:
-    return f"{number:08x}-54f4-11e5-ad75-3c970e65f731"
+    return requests.post(f"{url}/widgets", json={"widget_id": widget_id}, timeout=ANSWER_S)
 
 
 @contextmanager
@@ -36,7 +43,7 @@ def connected(url: str, *texts: bytes) -> Iterator[list[socket.socket]]:
     found = []
     try:
         for text in texts:
-            found.append(socket.create_connection((host, int(port)), timeout=SHORT_S))
+            found.append(socket.create_connection((host, int(port)), timeout=ANSWER_S))
             found[-1].sendall(text)
         yield found
     finally:
@@ -51,15 +58,15 @@ def answer_to(url: str, text: bytes) -> str:
 
 
 def has_counted(url: str, sample: str) -> bool:
-    return sample in requests.get(f"{url}/metrics", timeout=5).text
+    return sample in requests.get(f"{url}/metrics", timeout=ANSWER_S).text
 
 
 def test_300_half_sent_requests_keep_nobody_waiting(tmp_path: Path) -> None:
     starts = [HEAD + b"Content-Le", HEAD + b"Content-Length: 999\r\n\r\n{", b""] * 100
     with widget_maker(tmp_path) as (url, _), connected(url, *starts):
         for number in range(20):
-            assert requests.get(f"{url}/healthz", timeout=SHORT_S).status_code == 200
-            assert post(url, number_n(number)).status_code == 201
+            assert requests.get(f"{url}/healthz", timeout=ANSWER_S).status_code == 200
+            assert post(url, nth_id(number)).status_code == 201
 
 
 def test_posts_that_are_kept_waiting_on_purpose_keep_neither_a_probe_nor_a_stop_waiting(tmp_path: Path) -> None:
@@ -67,10 +74,10 @@ def test_posts_that_are_kept_waiting_on_purpose_keep_neither_a_probe_nor_a_stop_
     starts = [HEAD, HEAD + b"Content-Length: 999\r\n\r\n{", *[whole] * 40]
     with widget_maker(tmp_path, "--latency", 60) as (url, maker), connected(url, *starts):
         wait_until(lambda: has_counted(url, 'fault="latency"} 40.0'))
-        assert requests.get(f"{url}/healthz", timeout=SHORT_S).status_code == 200
+        assert requests.get(f"{url}/healthz", timeout=ANSWER_S).status_code == 200
         for _ in range(5):  # in quick succession, as from a terminal and a supervisor
             maker.signal(signal.SIGTERM)
-        assert maker.exit_code(SHORT_S) == 0
+        assert maker.exit_code(ANSWER_S) == 0
 
 
 def test_a_body_in_chunks_is_taken_once_it_is_whole_and_a_cut_one_never(tmp_path: Path) -> None:
@@ -92,7 +99,7 @@ def test_a_body_in_chunks_is_taken_once_it_is_whole_and_a_cut_one_never(tmp_path
 def test_a_request_that_is_too_large_is_rejected_in_the_makers_own_words(tmp_path: Path) -> None:
     with widget_maker(tmp_path) as (url, _):
         headers = {"Content-Type": "application/json"}
-        answer = requests.post(f"{url}/widgets", data=BODY.ljust(1_000_000), headers=headers, timeout=5)
+        answer = requests.post(f"{url}/widgets", data=BODY.ljust(1_000_000), headers=headers, timeout=ANSWER_S)
         assert (answer.status_code, answer.headers["Widget-Maker"]) == (413, "1")
         assert answer.json()["error"]["code"] == "request_entity_too_large"
 
@@ -114,10 +121,10 @@ def test_what_is_not_http_is_refused_by_no_answer_that_would_reject_a_request(tm
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_it_soon_and_leaves_one_file_and_one_line_of_log(tmp_path: Path, number: int) -> None:
     with widget_maker(tmp_path) as (url, maker), requests.Session() as idle:
-        idle.post(f"{url}/widgets", json={"widget_id": ID}, timeout=5)
+        idle.post(f"{url}/widgets", json={"widget_id": ID}, timeout=ANSWER_S)
         assert (tmp_path / "widgets.sqlite3-wal").stat().st_size > 0
         os.killpg(maker.process.pid, number)
-        assert maker.exit_code(SHORT_S) == 0
+        assert maker.exit_code(ANSWER_S) == 0
     assert [path.name for path in tmp_path.glob("widgets.sqlite3*")] == ["widgets.sqlite3"]
     assert len(maker.err.splitlines()) == 1
     assert f"making widgets url={url}/" in " ".join(maker.err.split())
@@ -130,7 +137,7 @@ def test_a_post_in_flight_is_answered_before_it_stops(tmp_path: Path) -> None:
         wait_until(lambda: has_counted(url, 'fault="latency"} 1.0'))
         maker.signal(signal.SIGTERM)
         assert answer.result().status_code == 201
-        assert maker.exit_code(SHORT_S) == 0
+        assert maker.exit_code(ANSWER_S) == 0
 
 
 def test_under_nohup_it_outlives_sighup(tmp_path: Path) -> None:
@@ -139,14 +146,14 @@ def test_under_nohup_it_outlives_sighup(tmp_path: Path) -> None:
     with script("widget_maker.py", "--port", port, cwd=tmp_path, prefix=under("trap '' HUP")) as maker:
         wait_until(lambda: is_healthy(url))
         maker.signal(signal.SIGHUP)
-        assert [post(url, number_n(number)).status_code for number in range(20)] == [201] * 20
+        assert [post(url, nth_id(number)).status_code for number in range(20)] == [201] * 20
         maker.signal(signal.SIGTERM)
-        assert maker.exit_code(SHORT_S) == 0
+        assert maker.exit_code(ANSWER_S) == 0
 
 
 def test_widgets_outlive_sigkill_and_it_can_be_started_again_at_the_same_port_at_once(tmp_path: Path) -> None:
     with widget_maker(tmp_path) as (url, maker):
-        made = [number_n(number) for number in range(9)]
+        made = [nth_id(number) for number in range(9)]
         assert [post(url, id_).status_code for id_ in made] == [201] * 9
         maker.kill()
         with widget_maker(tmp_path, port=int(url.rpartition(":")[2])) as (again, _):
@@ -170,15 +177,15 @@ def test_a_full_disk_is_answered_503_and_the_page_can_be_read(tmp_path: Path) ->
         post(url)
         limits = resource.prlimit(maker.process.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(maker.process.pid, resource.RLIMIT_FSIZE, (4096, limits[1]))
-        refused = post(url, number_n(1))
+        refused = post(url, nth_id(1))
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
         assert refused.headers["Retry-After"] == "1"
         assert "sqlite" not in refused.text
-        assert requests.get(f"{url}/healthz", timeout=5).status_code == 503
-        assert ID in requests.get(f"{url}/", timeout=5).text
+        assert requests.get(f"{url}/healthz", timeout=ANSWER_S).status_code == 503
+        assert ID in requests.get(f"{url}/", timeout=ANSWER_S).text
         resource.prlimit(maker.process.pid, resource.RLIMIT_FSIZE, limits)
         assert is_healthy(url)
-        assert post(url, number_n(1)).status_code == 201
+        assert post(url, nth_id(1)).status_code == 201
         assert "Traceback" not in maker.err
 
 
@@ -204,16 +211,17 @@ def test_a_file_that_is_removed_ends_it_with_exit_5(tmp_path: Path) -> None:
 def test_faults_and_hosts_can_be_set_by_options_and_by_the_environment(tmp_path: Path) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    options = ["--port", port, "--fail-rate", 1, "--fault-id", ID.upper(), "--fault-id", number_n(2)]
-    env = {"WIDGET_OUTAGE": "0:2", "WIDGET_ALLOWED_HOST": "Widgets.example other.example"}
-    with script("widget_maker.py", *options, cwd=tmp_path, env=env) as maker:
-        wait_until(lambda: "making widgets" in maker.err)
-        assert post(url, number_n(1)).status_code == 503
+    options = ["--port", port, "--fail-rate", 1, "--fault-id", ID.upper(), "--fault-id", nth_id(2)]
+    with script("widget_maker.py", *options, cwd=tmp_path, env={"WIDGET_OUTAGE": "0:1000"}):
+        wait_until(lambda: status(f"{url}/healthz") == 503)
+        assert post(url, nth_id(1)).status_code == 503
+    env = {"WIDGET_OUTAGE": "0:0", "WIDGET_ALLOWED_HOST": "Widgets.example other.example"}
+    with script("widget_maker.py", *options, cwd=tmp_path, env=env):
         wait_until(lambda: is_healthy(url))
-        statuses = [post(url, widget_id).status_code for widget_id in (ID, number_n(1), number_n(2))]
+        statuses = [post(url, widget_id).status_code for widget_id in (ID, nth_id(1), nth_id(2))]
         assert statuses == [500, 201, 500]
-        for host, status in (("widgets.example", 200), ("other.example:80", 200), ("evil.example", 421)):
-            assert requests.get(f"{url}/", headers={"Host": host}, timeout=5).status_code == status
+        for host, code in (("widgets.example", 200), ("other.example:80", 200), ("evil.example", 421)):
+            assert requests.get(f"{url}/", headers={"Host": host}, timeout=ANSWER_S).status_code == code
     assert (tmp_path / "state" / "itchy-octo-chainsaw" / "widgets.sqlite3").exists()
 
 
@@ -223,4 +231,4 @@ def test_it_listens_where_it_is_told_and_answers_to_that_name(tmp_path: Path, ho
     name = f"[{host}]" if ":" in host else host
     with script("widget_maker.py", "--host", host, "--port", port, cwd=tmp_path):
         wait_until(lambda: is_healthy(f"http://{name}:{port}"))
-        assert requests.get(f"http://{name}:{port}/widgets", timeout=5).status_code == 200
+        assert requests.get(f"http://{name}:{port}/widgets", timeout=ANSWER_S).status_code == 200

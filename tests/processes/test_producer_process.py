@@ -1,25 +1,21 @@
 """The producer and the operator's tool as processes: streams that fail or cannot hold an id, signals, terminals."""
 
-import fcntl
-import os
-import pty
 import re
 import shlex
 import signal
-import struct
 import subprocess
 import sys
-import termios
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support import HERE, script, wait_until
+from support import HERE, LETTERS, REQUESTS, RESPONSES, run, script, wait_until
+from terminal import Terminal
 
 from claim_queues.sqlite import SqliteQueues
 
-REQUESTS, RESPONSES, LETTERS = (f"itchy-octo-chainsaw-{kind}" for kind in ("request", "response", "dead-letter"))
 PRODUCER, TOOL = "widget_producer.py", "-m claim_queues"
 STOPPED = "stopped after the lines above"
 
@@ -41,8 +37,7 @@ def shell(line: str, encoding: str = "utf-8") -> subprocess.CompletedProcess[str
     """Run a line with the project's commands in it. encoding: of its streams."""
     for command in (PRODUCER, TOOL):
         line = line.replace(command, f"{shlex.quote(sys.executable)} {command}")
-    command = ["/bin/sh", "-c", line]
-    return subprocess.run(command, cwd=HERE, capture_output=True, encoding=encoding, timeout=60, check=False)
+    return run("/bin/sh", "-c", line, cwd=HERE, encoding=encoding)
 
 
 @pytest.mark.parametrize(
@@ -126,24 +121,10 @@ def test_a_signal_while_waiting_is_an_exit_code_and_reports_what_is_stored(
 # At a terminal of 80 columns
 
 
-def show(*words: object, term: str = "xterm-256color", typed: str = "", stdout: Path | None = None) -> tuple[int, str]:
-    """Run a script at a terminal to its end: its exit code, and all that it wrote there."""
-    side, other = pty.openpty()
-    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    os.write(side, typed.encode())
-    out = os.open(stdout, os.O_WRONLY | os.O_CREAT) if stdout else os.dup(other)
-    command = [sys.executable, *map(str, words)]
-    process = subprocess.Popen(
-        command, cwd=HERE, env=os.environ | {"TERM": term}, stdin=other, stdout=out, stderr=other
-    )
-    os.close(other)
-    os.close(out)
-    written = b""
-    with suppress(OSError):  # so Linux says that nobody holds the other side any more
-        while chunk := os.read(side, 65_536):
-            written += chunk
-    os.close(side)
-    return process.wait(60), written.decode()
+def show(*words: object, **how: Any) -> tuple[int, str]:
+    """Run a script at a terminal to its end: its exit code, and all that it wrote there. how: see Terminal."""
+    with closing(Terminal(*words, **how)) as running:
+        return running.exit_code(), running.shown
 
 
 @pytest.mark.parametrize(("term", "is_shown"), [("xterm-256color", True), ("dumb", False)])
@@ -167,7 +148,7 @@ def test_lines_on_the_terminal_stay_whole_above_the_bar(queues: SqliteQueues) ->
 
 def test_one_request_needs_no_bar(queues: SqliteQueues) -> None:
     code, shown = show("widget_producer.py", "--widget-id", "31f37378")
-    assert (code, shown) == (0, f"{ids(queues)[0]} 31f37378\r\n")
+    assert (code, shown) == (0, f"{ids(queues)[0]} 31f37378\n")
 
 
 @pytest.mark.parametrize(("reply", "code", "left"), [("n\n", 1, 1), ("\n", 1, 1), ("y\n", 0, 0), ("\x04", 130, 1)])

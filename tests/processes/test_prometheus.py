@@ -8,14 +8,13 @@ from functools import partial
 from pathlib import Path
 
 import requests
-from rig import REQUESTS
-from support import HERE, free_port, script, status, tool_or_skip, wait_until, widget_maker
+from support import ANSWER_S, HERE, REQUESTS, free_port, nth_id, script, status, tool_or_skip, wait_until, widget_maker
 
 from claim_queues.sqlite import SqliteQueues
 
 DASHBOARD = json.loads((HERE / "deploy" / "grafana-dashboard.json").read_text())
 CONFIG = """
-global: {{scrape_interval: 200ms, scrape_timeout: 200ms, evaluation_interval: 200ms}}
+global: {{scrape_interval: 1s, scrape_timeout: 1s, evaluation_interval: 1s}}
 scrape_configs:
   - {{job_name: widget_consumer, static_configs: [{{targets: ["127.0.0.1:{consumer}"]}}]}}
   - {{job_name: widget_maker, static_configs: [{{targets: ["{maker}"]}}]}}
@@ -24,7 +23,7 @@ scrape_configs:
 
 def values(url: str, expression: str) -> list[float]:
     """Those that the expression has now."""
-    answer = requests.get(f"{url}/api/v1/query", params={"query": expression}, timeout=5).json()
+    answer = requests.get(f"{url}/api/v1/query", params={"query": expression}, timeout=ANSWER_S).json()
     assert answer["status"] == "success", answer
     return [float(result["value"][1]) for result in answer["data"]["result"]]
 
@@ -49,14 +48,14 @@ def test_a_real_prometheus_answers_each_panel_of_the_dashboard(tmp_path: Path) -
         assert process.poll() is None, (tmp_path / "prometheus.log").read_text()
         wait_until(lambda: query("sum(up)") == [2.0])
 
-        ids = [f"{number:08x}-54f4-11e5-ad75-3c970e65f731" for number in range(9)]
-        queues.post(REQUESTS, ["no request", {"widget_id": "no id"}, *({"widget_id": id_} for id_ in ids)])
+        good = [{"widget_id": nth_id(number)} for number in range(9)]
+        queues.post(REQUESTS, ["no request", {"widget_id": "no id"}, *good])
 
         for outcome, number in {"created": 9.0, "rejected": 1.0, "failed": 1.0}.items():
             total = f'widget_consumer_outcomes_total{{outcome="{outcome}"}}'
             wait_until(lambda total=total, number=number: query(total) == [number])
-        assert query("widget_consumer_post_duration_seconds_count") == [10.0]
+        wait_until(lambda: query("widget_consumer_post_duration_seconds_count") == [10.0])
         for expression in [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]:
             found = wait_until(partial(query, expression.replace("$__rate_interval", "1m")))
             assert not any(map(math.isnan, found)), expression
-        assert query('sum(rate(widget_consumer_outcomes_total{outcome="created"}[1m]))')[0] > 0
+        wait_until(lambda: sum(query('rate(widget_consumer_outcomes_total{outcome="created"}[1m])')) > 0)

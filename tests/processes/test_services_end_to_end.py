@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pytest
 from doubles.identity_double import IdentityDouble
 from doubles.scripted_maker import Post, Reply, ScriptedMaker
-from support import HERE, Script, run_script, script, wait_until, widget_maker, widgets
+from support import HERE, Script, free_port, run_script, script, wait_until, widget_maker, widgets
 
 from claim_queues import Claim, Queues, open_queues
 
@@ -101,12 +101,16 @@ def test_each_widget_is_made_once_and_each_request_answered(place: Place, tmp_pa
 
     missing = place.run("widget_producer.py")
     submitted = place.run("widget_producer.py", "--ids-file", "-", "--create", stdin="\n".join(ids))
+    port = free_port()
     with (
-        widget_maker(tmp_path, "--fail-rate", 0.2) as (url, _),
+        widget_maker(tmp_path, "--fail-rate", 1, port=port) as (url, failing),
         place.consumer(f"{url}/widgets", "--max-receives", 20, "--create") as consumer,
     ):
-        place.finish(consumer, 30)
-        made = widgets(url)
+        wait_until(lambda: consumer.events("failed, comes back"))
+        failing.kill()
+        with widget_maker(tmp_path, port=port):
+            place.finish(consumer, 30)
+            made = widgets(url)
 
     assert (missing.returncode, missing.stdout, missing.stderr.count("\n")) == (1, "", 1)
     assert "--create" in missing.stderr
@@ -115,7 +119,6 @@ def test_each_widget_is_made_once_and_each_request_answered(place: Place, tmp_pa
     assert sorted(made) == sorted(good)
     assert place.outcomes() == dict.fromkeys(good, "created") | dict.fromkeys(BAD_IDS, "rejected")
     assert place.queues.stats(place.names[2]).total == 0
-    assert consumer.events("failed, comes back")
     assert "Traceback" not in consumer.err
 
 

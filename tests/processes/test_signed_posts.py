@@ -8,9 +8,9 @@ import pytest
 import requests
 from doubles.signing_double import KEY, OLD_KEY, OLD_SECRET, SECRET, traces
 from rig import Rig
-from support import run_script, wait_until, widget_maker, widgets
+from support import ANSWER_S, nth_id, run_script, wait_until, widget_maker, widgets
 
-IDS = [f"{number:08x}-54f4-11e5-ad75-3c970e65f731" for number in range(5)]
+IDS = [nth_id(number) for number in range(5)]
 
 
 def signing(rig: Rig, name: str, *secrets: str) -> list[object]:
@@ -55,7 +55,7 @@ def test_no_secret_is_in_a_log_an_error_a_process_list_a_queue_or_a_file(rig: Ri
             rig.post(*IDS)
             wait_until(lambda: "HTTP 401" in consumer.err)
             said += [consumer.out, consumer.err]
-        said += [requests.get(f"{url}{path}", timeout=5).text for path in ("/", "/metrics", "/openapi.json")]
+        said += [requests.get(f"{url}{path}", timeout=ANSWER_S).text for path in ("/", "/metrics", "/openapi.json")]
         said += [maker.out, maker.err]
     weak = signing(rig, "weak", SECRET, SECRET[:30])
     for name in ("widget_maker.py", "widget_consumer.py"):

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from unittest.mock import Mock, patch
 
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from claim_queues import Message
@@ -87,11 +87,7 @@ class Model:
         return charge
 
 
-@settings(
-    max_examples=int(os.environ.get("HISTORIES", "150")),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=int(os.environ.get("HISTORIES", "150")))
 @given(st.lists(STEPS, max_size=60))
 @example([("crash", 0, True, False)] * 4)  # the last is a dead letter without a POST
 def test_what_is_charged_and_when_the_breaker_opens_follow_the_table(steps):

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule, run_state_machine_as_test
 
@@ -195,6 +195,5 @@ class EmbeddedQueue(RuleBasedStateMachine):
 @pytest.mark.slow
 def test_every_history_is_as_the_model_has_it(tmp_path: Path) -> None:
     examples = int(os.environ.get("MODEL_EXAMPLES", "80"))
-    usual = settings(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
-    histories = settings(usual, max_examples=examples, stateful_step_count=40)
+    histories = settings(max_examples=examples, stateful_step_count=40, database=None)
     run_state_machine_as_test(lambda: EmbeddedQueue(tmp_path), settings=histories)

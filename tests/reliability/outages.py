@@ -1,14 +1,12 @@
 """Makers that are gone for long, and messages that kill."""
 
-import os
 import signal
 import time
 from collections.abc import Callable
-from threading import Timer
 from typing import Any
-from unittest import mock
 
 import queue_servers
+from backend_sqs import REGION, credentials
 from doubles.scripted_maker import Post, Reply
 from support import wait_until
 
@@ -18,8 +16,6 @@ from claim_queues.sqs import SqsQueues
 from .frame import Result, campaign, scaled
 from .world import CLAIM_TTL, QUEUES, REQUESTS, World, seconds_until, stop, world
 
-REGION = "eu-west-1"
-KEYS = {"AWS_ACCESS_KEY_ID": "AKIATESTTESTTESTTEST", "AWS_SECRET_ACCESS_KEY": "secret-of-no-one"}
 RECEIVES = ("--max-receives", 5)
 
 
@@ -52,7 +48,7 @@ def outage_sqs(scale: float) -> Result:
     """Of 1,000 requests moto lets such short claims lapse."""
     with (
         world() as made,
-        mock.patch.dict(os.environ, KEYS),
+        credentials(),
         queue_servers.sqs(made.directory / "moto.log") as endpoint,
         SqsQueues(REGION, endpoint=endpoint) as queues,
     ):
@@ -81,7 +77,6 @@ def maker_killers(scale: float, batch: int) -> Result:
 
         def answer(post: Post) -> Reply:
             if post.widget_id == poison:
-                Timer(0.3, maker.up).start()
                 with maker.down():
                     time.sleep(0.3)
             return maker.make(post)

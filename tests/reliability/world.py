@@ -6,15 +6,14 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import apsw
-import requests
 from doubles.scripted_maker import ScriptedMaker
-from rig import DEAD_LETTERS, REQUESTS, RESPONSES
-from support import Script, free_port, wait_until
+from rig import DEAD_LETTERS, REQUESTS, RESPONSES, execute
+from support import Script, free_port, status, wait_until
 
 from claim_queues import Queues
 from claim_queues.sqlite import SqliteQueues
@@ -100,7 +99,7 @@ class World:
         """The maker, answering; killed at the end of the block."""
         words = ("--port", self.port, "--database", self.database, "--log-level", "warning", *options)
         maker = self.start("widget_maker.py", *words, prefix=(), **how)
-        wait_until(lambda: self._is_answering() or maker.process.poll() is not None)
+        wait_until(lambda: status(f"{self.maker_url}/healthz") or maker.process.poll() is not None)
         assert how or maker.process.poll() is None, maker.err
         yield maker
         maker.kill()
@@ -149,15 +148,7 @@ class World:
 
     def free(self, which: str = "TRUE") -> None:
         """As if the time of all claims and delays, or of these, were over."""
-        with closing(apsw.Connection(str(self.queue))) as file:
-            file.set_busy_timeout(20_000)
-            file.execute(f"UPDATE messages SET held_until = 1 WHERE held_until > 1 AND {which}")
-
-    def _is_answering(self) -> bool:
-        """Whether a server is there, well or not."""
-        with suppress(requests.RequestException):
-            return bool(requests.get(f"{self.maker_url}/healthz", timeout=5).status_code)
-        return False
+        execute(self.queue, f"UPDATE messages SET held_until = 1 WHERE held_until > 1 AND {which}")
 
 
 @contextmanager

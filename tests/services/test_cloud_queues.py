@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from doubles.http_double import LOST, FaultProxy, HttpDouble, Reply, Request
 from doubles.identity_double import REGION, IdentityDouble
 from doubles.keyring_double import KEY, USER, Keyring, keyring_of
-from support import HERE, free_port
+from support import HERE
 
 from claim_queues import (
     ConfigError,
@@ -106,7 +106,7 @@ def test_no_password_from_netrc_and_no_proxy_of_the_environment_is_used(
 ) -> None:
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login a password b\n")
     monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
-    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
 
     assert not world.queues.exists("missing")
 
@@ -260,7 +260,7 @@ def run(home: Path, url: str, *queues: str, settings: str = SLIPS) -> str:
     env = {name: value for name, value in os.environ.items() if not name.endswith("_CA_BUNDLE")}
     env |= {"PYTHONPATH": paths, "PYTHON_KEYRING_BACKEND": "doubles.keyring_double.Keyring"}
     command = [sys.executable, "-c", PROGRAM, url, *queues]
-    ended = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=100, check=True)
+    ended = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, check=True)
     return ended.stdout + ended.stderr
 
 

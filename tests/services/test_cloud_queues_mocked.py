@@ -74,7 +74,7 @@ FORBIDDEN = {"title": "Not authorized", "description": "You are not authorized t
 
 
 @pytest.mark.parametrize("answer", [*map(answered, (401, 404, 429, 503)), answered(403, FORBIDDEN)])
-def test_any_other_failure_of_a_delete_is_no_lost_claim(
+def test_any_other_failure_of_a_delete_is_not_a_lost_claim(
     queues: CloudQueues, pyrax_client: Mock, claim: Claim, answer: Any
 ) -> None:
     pyrax_client.method_delete.return_value = answer

@@ -15,7 +15,7 @@ import boto3
 import pytest
 from backends import bodies
 from doubles.http_double import LOST, Answer, FaultProxy, Reply, Request
-from support import HERE, free_port, wait_until
+from support import HERE, wait_until
 
 from claim_queues import (
     ClaimLost,
@@ -164,7 +164,7 @@ def test_an_endpoint_of_the_environment_is_no_better(monkeypatch, url):
 
 
 def test_this_machine_is_asked_through_no_proxy(proxy, monkeypatch):
-    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
 
     with open_queues("sqs://eu-west-1") as queues:
@@ -335,7 +335,8 @@ def test_inspect_names_what_a_policy_forbids_to_who_needs_it(queues, queue, prox
 
     found = queues.inspect(queue, is_posted_to=is_posted_to)
 
-    assert ["said AWS" in sentence for sentence in found] == [True] * is_named
+    assert len(found) == is_named
+    assert all("said AWS" in sentence for sentence in found)
 
 
 # Posting
@@ -414,12 +415,12 @@ def test_bodies_whose_answer_is_lost_are_unknown(queues, queue, proxy, answer):
 def test_a_wait_is_one_long_poll_after_the_other_and_ends_within_one(queues, queue, proxy):
     with ThreadPoolExecutor(1) as pool:
         looking = pool.submit(queues.claim, queue, ttl=60, grace=60, limit=1, wait=600)
-        wait_until(lambda: len(proxy.asked("ReceiveMessage")) == 2)
+        wait_until(lambda: len(proxy.asked("ReceiveMessage")) >= 2)
 
         queues.stop_waiting()
 
         assert looking.result(20) is None
-    assert [request["WaitTimeSeconds"] for request in proxy.asked("ReceiveMessage")] == [2, 2]
+    assert {request["WaitTimeSeconds"] for request in proxy.asked("ReceiveMessage")} == {2}
 
 
 def test_a_server_that_does_not_wait_is_not_asked_again_and_again(queues, queue, proxy):

@@ -214,7 +214,7 @@ def test_the_wait_that_the_service_asks_for_is_passed_on(queues, queue, proxy, h
 
 
 @pytest.mark.parametrize("page", ["<html>", "{}", '{"messages": [{}], "links": []}', '{"queues": 1}'])
-def test_what_is_no_answer_of_zaqar_s_is_unavailable_and_never_empty(queues, queue, proxy, page):
+def test_what_is_not_an_answer_of_zaqar_s_is_unavailable_and_never_empty(queues, queue, proxy, page):
     proxy.fail("", Reply(200, page))
 
     for operation in (
@@ -276,14 +276,14 @@ def test_a_body_that_holds_nan_is_given_as_text(queues, queue, proxy):
     assert bodies(claim_of(queues, queue)) == [1, '{"n": NaN}', "good"]
 
 
+@pytest.mark.slow
 def test_a_wait_looks_less_often_the_longer_nothing_comes(queues, queue, proxy):
     looks = []
     for _ in range(5):
         proxy.requests.clear()
         assert queues.claim(queue, **TERMS, limit=1, wait=2) is None
         looks.append(len(proxy.requests))
-    assert 5 <= looks[0] <= 12  # a first one expects ten messages a second
-    assert looks[-1] <= 2
+    assert looks[-1] <= 2 < looks[0] <= 12  # a first one expects ten messages a second
 
 
 def test_a_wait_looks_more_often_the_more_came_but_not_at_once(queues, queue, proxy):
@@ -359,7 +359,8 @@ def test_what_would_surprise_a_queue_s_users_is_named(either):
     moves, *_ = queues.inspect(new_queue(proxy, _max_claim_count=3, _dead_letter_queue="letters"))
 
     is_redis = proxy.target != backend_zaqar.mongodb_server()
-    assert ["use --claim-limit 1" in sentence for sentence in found] == [True] * is_redis
+    assert len(found) == is_redis
+    assert all("use --claim-limit 1" in sentence for sentence in found)
     assert "moves messages to letters after 3 claims" in moves
 
 

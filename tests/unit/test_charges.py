@@ -40,30 +40,29 @@ def judged(charges, counts, answer, *, id_="m", posted_at=0.0, is_alone=False):
     return counts.of([id_])[id_].charged, counts.of([id_])[id_].open
 
 
-# An answer, whether the maker is well, whether it is a POST of the lane; what is charged then, and left open.
 @pytest.mark.parametrize(
-    ("answer", "is_healthy", "is_alone", "found"),
+    ("answer", "is_healthy", "is_alone", "charged", "left_open"),
     [
-        (FAILED, True, False, (5, 0)),
-        (REFUSED, True, False, (1, 0)),
-        (GATEWAY, True, False, (1, 0)),
-        (LATE, True, False, (1, 0)),
-        (CUT, True, False, (0, 1)),
-        (WRONG, True, False, (0, 0)),
-        (FAILED, False, False, (0, 0)),
-        (GATEWAY, False, False, (0, 1)),
-        (LATE, False, False, (0, 1)),
-        (CUT, True, True, (5, 1)),
-        (LATE, True, True, (5, 0)),
-        (GATEWAY, False, True, (5, 1)),
-        (REFUSED, True, True, (1, 0)),
+        (FAILED, True, False, 5, 0),
+        (REFUSED, True, False, 1, 0),
+        (GATEWAY, True, False, 1, 0),
+        (LATE, True, False, 1, 0),
+        (CUT, True, False, 0, 1),
+        (WRONG, True, False, 0, 0),
+        (FAILED, False, False, 0, 0),
+        (GATEWAY, False, False, 0, 1),
+        (LATE, False, False, 0, 1),
+        (CUT, True, True, 5, 1),
+        (LATE, True, True, 5, 0),
+        (GATEWAY, False, True, 5, 1),
+        (REFUSED, True, True, 1, 0),
     ],
 )
 def test_a_failure_is_charged_by_its_class_and_leaves_open_what_may_kill_the_maker(
-    tmp_path, answer, is_healthy, is_alone, found
+    tmp_path, answer, is_healthy, is_alone, charged, left_open
 ):
     with judging(tmp_path, is_healthy=is_healthy) as (charges, counts, _):
-        assert judged(charges, counts, answer, is_alone=is_alone) == found
+        assert judged(charges, counts, answer, is_alone=is_alone) == (charged, left_open)
 
 
 def test_where_ten_different_messages_in_a_row_get_no_answer_in_the_lane_no_more_is_charged(tmp_path):

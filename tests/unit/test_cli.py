@@ -159,13 +159,22 @@ def test_a_state_directory_that_cannot_be_made_names_what_helps(
 
 
 def test_a_missing_queue_is_an_error_unless_it_is_to_be_created(tmp_path: Path) -> None:
+    made: list[str] = []
+
     class Strict(SqliteQueues):
         limits = replace(SqliteQueues.limits, makes_queues=False)
+
+        def exists(self, queue: str) -> bool:
+            return queue in made
+
+        def create(self, queue: str) -> None:
+            made.append(queue)
 
     with Strict(tmp_path / "q") as queues:
         with pytest.raises(QueueNotFound, match=f"queue b does not exist at {queues.address}: create it with --create"):
             require_queues(queues, ["b"], create=False)
         require_queues(queues, ["a", "b"], create=True)
+        assert made == ["a", "b"]
         require_queues(queues, ["a", "b"], create=False)
 
 

@@ -30,10 +30,10 @@ class FakeMaker:
     """Creates each widget, unless `answers` has another answer for it; an Event among them is waited for first, and a
     function is asked. asked: how often for its health."""
 
-    deadline = 5.0
     takes_batches = True
 
-    def __init__(self):
+    def __init__(self, deadline):
+        self.deadline = deadline
         self.answers = {}
         self.posted = []
         self.well, self.asked = True, 0
@@ -55,13 +55,16 @@ class FakeMaker:
 
 
 class Rig:
-    """A consumer that runs in a thread, and what it works with. more: options other than usual, and limits."""
+    """A consumer that runs in a thread, and what it works with. more: options other than usual, and limits.
 
-    def __init__(self, directory, closing, *, limits=None, **more):
+    deadline: the maker's.
+    """
+
+    def __init__(self, directory, closing, *, limits=None, deadline=5, **more):
         self.file = directory / "queues.sqlite3"
         self.real = closing.enter_context(SqliteQueues(self.file))
         self.queues = TroubledQueues(self.real, replace(self.real.limits, **limits or {}))
-        self.maker = FakeMaker()
+        self.maker = FakeMaker(deadline)
         self.counts = ReceiveCounts(directory / "counts.sqlite3", "requests")
         closing.callback(self.counts.close)
         self.options = SimpleNamespace(**vars(OPTIONS) | more)
@@ -118,7 +121,7 @@ def test_a_service_that_fails_for_a_time_is_asked_again_and_said_once(make_rig, 
     rig.post("a", "fails")
     released = 4 if operation == "release" else 1
     with capture_logs() as logs, rig.running():
-        wait_until(lambda: rig.outcomes() == [("a", "created")] and rig.queues.calls["release"] >= released)
+        wait_until(lambda: ("a", "created") in rig.outcomes() and rig.queues.calls["release"] >= released)
         wait_until(lambda: operation not in rig.consumer.trouble.reasons)
 
     events = [entry["event"] for entry in logs if entry.get("what") == operation]
@@ -167,16 +170,17 @@ def test_a_drain_waits_for_what_others_hold(make_rig):
 
 
 def test_a_lost_claim_takes_its_charges_back_and_what_failed_for_it_is_no_trouble_any_more(make_rig):
-    rig = make_rig(claim_ttl=15)  # less than twice the deadline and its margin: renewed at every look
-    hanging = rig.maker.answers["slow"] = threading.Event()
+    rig = make_rig(claim_ttl=55, deadline=45)  # the claim hardly outlasts a POST: renewed at every look
+    hanging, lost = threading.Event(), threading.Event()
+    rig.maker.answers["slow"] = hanging
     rig.queues.fails["settle"] = rig.queues.fails["renew"] = lambda: QueueUnavailable("down")
     ids = rig.post("a", "slow")
     with capture_logs() as logs, rig.running():
         wait_until(lambda: rig.consumer.trouble.reasons.keys() == {"settle", "renew"})
         rig.queues.fails["claim"] = lambda: QueueUnavailable("down")
-        rig.queues.fails["renew"] = lambda: ClaimLost("expired")
-        before = rig.queues.calls["renew"]
-        wait_until(lambda: rig.queues.calls["renew"] > before)
+        rig.queues.fails["renew"] = lambda: lost.set() or ClaimLost("expired")
+        assert lost.wait(30)
+        del rig.queues.fails["settle"]
         hanging.set()
         wait_until(lambda: rig.consumer.trouble.reasons.keys() <= {"claim"})
 
@@ -184,6 +188,20 @@ def test_a_lost_claim_takes_its_charges_back_and_what_failed_for_it_is_no_troubl
     assert [entry for entry in logs if "is back" in entry["event"]] == []
     assert [rig.received(id_).charged for id_ in ids] == [0, 0]
     assert rig.outcomes() == []
+
+
+def test_a_claim_that_is_lost_while_a_post_is_in_flight_is_not_settled(make_rig):
+    rig = make_rig(claim_ttl=55, deadline=45)  # renewed at every look
+    hanging, lost = threading.Event(), threading.Event()
+    rig.maker.answers["slow"] = hanging
+    rig.post("slow")
+    with rig.running():
+        wait_until(lambda: rig.maker.posted)
+        rig.queues.fails["renew"] = lambda: lost.set() or ClaimLost("expired")
+        assert lost.wait(30)
+        hanging.set()
+
+    assert (rig.outcomes(), rig.queues.calls["settle"]) == ([], 0)
 
 
 def test_a_slow_message_holds_up_no_other_outcome_of_its_claim(make_rig):
@@ -203,7 +221,7 @@ def test_a_stop_finishes_what_is_in_flight_and_frees_what_was_claimed_and_not_po
     with rig.running() as work:
         wait_until(rig.outcomes)
         rig.post("slow", "b", "c", "d")
-        wait_until(lambda: "slow" in rig.maker.posted and rig.left().claimed == 4)
+        wait_until(lambda: "slow" in rig.maker.posted and rig.left().claimed > 1)
         rig.consumer.stop()
         rig.post("late")
         hanging.set()
@@ -215,11 +233,9 @@ def test_a_stop_finishes_what_is_in_flight_and_frees_what_was_claimed_and_not_po
 
 
 def test_an_idle_consumer_stops_at_once(make_rig):
-    rig = make_rig(poll_interval=20)
-    with rig.running() as work:
+    rig = make_rig(poll_interval=60)
+    with rig.running():
         wait_until(lambda: rig.queues.calls["claim"])
-        rig.consumer.stop()
-        work.result(10)
 
 
 def test_a_failure_after_a_stop_is_charged_to_nobody_and_asks_for_no_health(make_rig):
@@ -247,13 +263,13 @@ def test_no_post_begins_in_a_claim_that_may_not_outlast_it_by_5_seconds(make_rig
 
 
 def test_what_has_left_the_claim_is_not_posted(make_rig):
-    rig = make_rig(slots=1, claim_ttl=15)  # renewed at the first look
+    rig = make_rig(slots=1, claim_ttl=55, deadline=45)  # renewed at every look
     hanging = rig.maker.answers["slow"] = threading.Event()
     rig.post("warm")
     with rig.running():
         wait_until(rig.outcomes)
         rig.post("slow", "gone", "c")
-        wait_until(lambda: "slow" in rig.maker.posted and rig.left().claimed == 3)
+        wait_until(lambda: "slow" in rig.maker.posted and rig.left().claimed >= 2)
         execute(rig.file, """DELETE FROM messages WHERE CAST(body AS TEXT) LIKE '%"gone"%'""")
         before = rig.queues.calls["renew"]
         wait_until(lambda: rig.queues.calls["renew"] >= before + 2)  # so one of them is over that began after this
@@ -324,13 +340,20 @@ def test_one_post_at_a_time_goes_through_the_lane(make_rig):
     assert rig.outcomes() == [("k1", "created"), ("k2", "created")]
 
 
-@pytest.mark.slow
-def test_settling_is_given_up_ten_seconds_after_a_stop_and_charges_nothing(make_rig):
+def test_settling_is_given_up_ten_seconds_after_a_stop_and_charges_nothing(make_rig, now):
     rig = make_rig()
     rig.queues.fails["settle"] = lambda: QueueUnavailable("gone")
     (id_,) = rig.post("a")
-    with rig.running():
+    with rig.running() as work:
         wait_until(lambda: rig.consumer.trouble.reasons.get("settle"))
+        rig.consumer.stop()
+        for seconds in (0, 9):
+            now[0] += seconds
+            enough = rig.queues.calls["settle"] + 2
+            wait_until(lambda enough=enough: rig.queues.calls["settle"] >= enough or work.done())
+        assert not work.done()
+        now[0] += 2
+        work.result(30)
 
     assert rig.received(id_).charged == 0
     assert rig.left().total == 1
@@ -370,7 +393,7 @@ def test_receive_counts_that_cannot_be_read_now_end_nothing(make_rig):
 
 
 def test_trouble_with_a_renewal_is_over_once_claims_end_well(make_rig):
-    rig = make_rig(claim_ttl=15)  # renewed at the first look
+    rig = make_rig(claim_ttl=55, deadline=45)  # renewed at every look
     rig.queues.fails["renew"] = times(1, QueueUnavailable("down"))
     go_on = rig.maker.answers["slow"] = threading.Event()
     rig.post("slow")

@@ -3,7 +3,6 @@
 import pytest
 from doubles.scripted_maker import Reply as Sent
 from doubles.scripted_maker import ScriptedMaker, Silence
-from support import free_port
 
 from claim_queues import ConfigError, Message
 from receive_counts import Receives
@@ -160,8 +159,12 @@ def server():
         yield server
 
 
-def test_a_rejection_is_believed_from_a_maker_by_its_header_or_by_a_widget_that_it_has_created(server):
-    maker = Maker(server.url, deadline=5)
+@pytest.fixture
+def maker(server):
+    return Maker(server.url, deadline=30)
+
+
+def test_a_rejection_is_believed_from_a_maker_by_its_header_or_by_a_widget_that_it_has_created(server, maker):
     server.answer, server.says_maker = lambda post: Sent(422, OWN_ERROR), False
     answer = maker.post(delivery(), "q")
     assert (answer.outcome, answer.failure) == (None, Failure.MISCONFIGURED)
@@ -179,9 +182,9 @@ def test_a_rejection_is_believed_from_a_maker_by_its_header_or_by_a_widget_that_
 @pytest.mark.parametrize(
     ("target", "said"), [("/elsewhere", "/elsewhere, which"), ("http://h\xe9/\xff", "to http://h")]
 )
-def test_a_redirect_is_not_followed_and_its_target_is_said_even_if_it_is_no_text(server, target, said):
+def test_a_redirect_is_not_followed_and_its_target_is_said_even_if_it_is_no_text(server, maker, target, said):
     server.answer = lambda post: Sent(307, headers={"Location": target})
-    answer = Maker(server.url, deadline=5).post(delivery(), "q")
+    answer = maker.post(delivery(), "q")
 
     assert answer.failure is Failure.MISCONFIGURED
     assert said in answer.reason
@@ -189,7 +192,7 @@ def test_a_redirect_is_not_followed_and_its_target_is_said_even_if_it_is_no_text
 
 
 def test_a_query_of_the_url_is_sent_and_not_shown(server):
-    maker = Maker(f"{server.url}?token=secret", deadline=5)
+    maker = Maker(f"{server.url}?token=secret", deadline=30)
     maker.post(delivery(), "q")
     maker.post_batch([delivery(id_="a"), delivery(id_="b")])
 
@@ -198,19 +201,19 @@ def test_a_query_of_the_url_is_sent_and_not_shown(server):
 
 
 @pytest.mark.parametrize(("sent", "seconds"), [("9", 9), ("9 ", 9), ("-5", 0), ("soon", 0), ("1000000", 300)])
-def test_retry_after_is_heard_up_to_300_seconds(server, sent, seconds):
+def test_retry_after_is_heard_up_to_300_seconds(server, maker, sent, seconds):
     server.answer = lambda post: Sent(503, headers={"Retry-After": sent})
 
-    assert Maker(server.url, deadline=5).post(delivery(), "q").retry_after == seconds
+    assert maker.post(delivery(), "q").retry_after == seconds
 
 
-def test_an_answer_over_a_mebibyte_is_not_the_maker_s(server):
+def test_an_answer_over_a_mebibyte_is_not_the_maker_s(server, maker):
     server.answer = lambda post: Sent(201, {"id": WIDGET, "more": "x" * 1_100_000})
 
-    assert Maker(server.url, deadline=5).post(delivery(), "q").failure is Failure.MISCONFIGURED
+    assert maker.post(delivery(), "q").failure is Failure.MISCONFIGURED
 
 
-def test_each_item_of_a_batch_has_its_own_answer_and_one_left_out_has_failed(server):
+def test_each_item_of_a_batch_has_its_own_answer_and_one_left_out_has_failed(server, maker):
     items = [
         {"message_id": "b", "status": 422, "body": OWN_ERROR},
         {"message_id": "a", "status": 201, "body": {"id": WIDGET}},
@@ -218,27 +221,27 @@ def test_each_item_of_a_batch_has_its_own_answer_and_one_left_out_has_failed(ser
         {"message_id": ["d"], "status": 201, "body": {"id": WIDGET}},
     ]
     server.batch = Sent(200, {"answers": items})
-    maker = Maker(server.url, deadline=5)
     group = [delivery(id_=id_) for id_ in "abcd"]
 
     assert maker.post_batch(group) is None
     assert [each.answer.outcome for each in group] == ["created", "rejected", None, None]
     assert group[2].answer.failure is group[3].answer.failure is Failure.FAILED
+    server.batch = Silence.CUT
+    assert maker.post_batch(group).failure is Failure.CUT
     assert maker.takes_batches
 
 
 @pytest.mark.parametrize(("status", "takes"), [(404, False), (405, False), (501, False), (500, True), (503, True)])
-def test_a_maker_without_batches_is_asked_for_none_any_more(server, status, takes):
+def test_a_maker_without_batches_is_asked_for_none_any_more(server, maker, status, takes):
     server.batch = status
-    maker = Maker(server.url, deadline=5)
     whole = maker.post_batch([delivery(id_="a"), delivery(id_="b")])
 
     assert whole.status == status
     assert maker.takes_batches is takes
 
 
-def test_a_body_that_cannot_be_sent_has_failed_without_a_post(server):
-    answer = Maker(server.url, deadline=5).post(delivery({"widget_id": WIDGET, "size": float("nan")}), "q")
+def test_a_body_that_cannot_be_sent_has_failed_without_a_post(server, maker):
+    answer = maker.post(delivery({"widget_id": WIDGET, "size": float("nan")}), "q")
 
     assert (answer.outcome, answer.status) == ("failed", None)
     assert not server.posts
@@ -248,16 +251,15 @@ def test_a_body_that_cannot_be_sent_has_failed_without_a_post(server):
     ("status", "is_well"),
     [(200, True), (302, True), (404, True), (429, False), (500, False), (503, False)],
 )
-def test_a_maker_is_well_when_its_health_page_answers_with_anything_but_429_and_5xx(server, status, is_well):
+def test_a_maker_is_well_when_its_health_page_answers_with_anything_but_429_and_5xx(server, maker, status, is_well):
     server.health = status
-    maker = Maker(server.url, deadline=5)
 
     assert maker.is_well(1.0) is is_well
     assert bool(maker.health) is not is_well
 
 
 def test_threads_share_a_health_answer(server):
-    maker = Maker(server.url, deadline=5, health_url=server.url.replace("widgets", "alive"))
+    maker = Maker(server.url, deadline=30, health_url=server.url.replace("widgets", "alive"))
     for _ in range(5):
         maker.is_well(1.0)
 
@@ -267,24 +269,23 @@ def test_threads_share_a_health_answer(server):
 @pytest.mark.parametrize("is_there", [True, False])
 def test_a_health_page_that_is_not_well_or_not_there_after_a_widget_was_created_says_nothing(server, is_there):
     server.health = 503
-    elsewhere = None if is_there else f"http://127.0.0.1:{free_port()}/healthz"
-    maker = Maker(server.url, deadline=5, health_url=elsewhere)
+    elsewhere = None if is_there else "http://127.0.0.1:1/healthz"
+    maker = Maker(server.url, deadline=30, health_url=elsewhere)
     assert not maker.is_well(1.0)
     maker.post(delivery(), "q")
 
     assert maker.is_well(1.0)
 
 
-def test_a_maker_that_is_gone_right_after_its_first_widget_is_not_well(server):
+def test_a_maker_that_is_gone_right_after_its_first_widget_is_not_well(server, maker):
     server.health = Silence.CUT
-    maker = Maker(server.url, deadline=5)
     maker.post(delivery(), "q")
 
     assert not maker.is_well(1.0)
 
 
 def test_nobody_there_is_unavailable():
-    answer = Maker(f"http://127.0.0.1:{free_port()}/widgets", deadline=5).post(delivery(), "q")
+    answer = Maker("http://127.0.0.1:1/widgets", deadline=30).post(delivery(), "q")
 
     assert (answer.failure, answer.status) == (Failure.UNAVAILABLE, None)
     assert answer.reason

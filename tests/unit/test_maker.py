@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from doubles.signing_double import KEY, OLD_KEY, OLD_SECRET, SECRET, signed
 from flask.testing import FlaskClient
-from in_process import run_command
+from support import nth_id
 
-from widget_maker import Faults, Maker, cli
+from widget_maker import Faults, Maker
 from widgets.signing import Signer
 from widgets.store import Widgets
 
@@ -67,13 +67,9 @@ def widget_ids(client: FlaskClient) -> list[str]:
     return [widget["id"] for widget in client.get("/widgets?limit=100").json["widgets"]]
 
 
-def number_n(number: int) -> str:
-    return f"{number:08x}-54f4-11e5-ad75-3c970e65f731"
-
-
 def posted(client: FlaskClient, count: int) -> list[str]:
     """So many widgets, created in this order."""
-    made = [number_n(number) for number in range(count)]
+    made = [nth_id(number) for number in range(count)]
     items = [{"message_id": each, "request": {"widget_id": each}} for each in made]
     assert client.post("/widgets/batch", json=items).status_code == 200
     return made
@@ -199,7 +195,7 @@ def test_what_is_not_a_batch_creates_nothing_and_rejects_no_request(client: Flas
 
 
 def test_a_batch_may_have_20_requests_of_the_greatest_size(client: FlaskClient) -> None:
-    filled = [{**item(str(number), number_n(number)), "filling": "x" * 65_000} for number in range(20)]
+    filled = [{**item(str(number), nth_id(number)), "filling": "x" * 65_000} for number in range(20)]
     assert len(answers(post_batch(client, *filled))) == 20
     assert outcome(post_batch(client, *filled, {**item("more"), "filling": "x" * 20_000}))[0] == 413
 
@@ -264,10 +260,10 @@ def shown_ids(page: str) -> list[str]:
     return re.findall(r'<li id="w-([^"]+)"', page)
 
 
-def ways(page: str) -> dict[str, str]:
+def links(page: str) -> dict[str, str]:
     """Where the links between pages lead, by their names."""
-    links = re.findall(r'<a href="([^"]+)">(\w+)</a>', page[page.index("<nav") :])
-    return {name: html.unescape(link) for link, name in links}
+    found = re.findall(r'<a href="([^"]+)">(\w+)</a>', page[page.index("<nav") :])
+    return {name: html.unescape(link) for link, name in found}
 
 
 def test_the_page_and_the_metrics_count_what_happened(start: Start) -> None:
@@ -275,7 +271,7 @@ def test_the_page_and_the_metrics_count_what_happened(start: Start) -> None:
     for widget_id in (ID, ID, "no id", OTHER_ID):
         post(client, widget_id)
     post_body(client, "{")
-    post_batch(client, item("m", "no id"), item("n", number_n(0)))
+    post_batch(client, item("m", "no id"), item("n", nth_id(0)))
     for asked in ("/favicon.ico", f"/widgets/{OTHER_ID}", "/?limit=0"):  # no request for a widget
         assert client.get(asked).status_code in {400, 404}
     assert {line for line in client.get("/metrics").text.splitlines() if not line.startswith("#")} == {
@@ -300,17 +296,17 @@ def test_pages_lead_from_the_newest_to_the_oldest_widget_and_back(client: FlaskC
     for mark in ('<meta http-equiv="refresh"', "live.js"):
         assert mark in text
         assert mark not in browse(client, "/?after=5")
-    assert ways(text).keys() == {"Older", "Oldest"}
+    assert links(text).keys() == {"Older", "Oldest"}
     while True:
         seen += shown_ids(text)
-        if "Older" not in ways(text):
+        if "Older" not in links(text):
             break
-        assert shown_ids(browse(client, ways(text)["Oldest"])) == made[23::-1]
-        text = browse(client, ways(text)["Older"])
+        assert shown_ids(browse(client, links(text)["Oldest"])) == made[23::-1]
+        text = browse(client, links(text)["Older"])
     assert seen == made[::-1]
     assert "21 to 1 of 45" in text
-    assert shown_ids(browse(client, ways(text)["Newer"])) == made[44:20:-1]
-    assert ways(browse(client, ways(text)["Newest"])).keys() == {"Older", "Oldest"}
+    assert shown_ids(browse(client, links(text)["Newer"])) == made[44:20:-1]
+    assert links(browse(client, links(text)["Newest"])).keys() == {"Older", "Oldest"}
 
 
 @pytest.mark.parametrize(
@@ -333,20 +329,20 @@ def test_a_picture_is_the_same_for_one_widget_on_every_page_and_differs_between_
     picture = re.compile(r'<svg class="picture".+?</svg>', re.S)
     listed = picture.findall(browse(client, "/"))
     assert len(set(listed)) == 20
-    assert picture.findall(browse(client, f"/widgets/{number_n(19)}")) == listed[:1]
+    assert picture.findall(browse(client, f"/widgets/{nth_id(19)}")) == listed[:1]
 
 
 def test_a_search_finds_the_widgets_whose_ids_begin_so(client: FlaskClient) -> None:
     made = posted(client, 0x20)
     assert shown_ids(browse(client, "/search", id=" 0000001 ")) == made[0x10:]
-    for searched in ("00000010-54F4-11e5", number_n(0x10)):
-        assert shown_ids(browse(client, "/search", id=searched)) == [number_n(0x10)]
+    for searched in ("00000010-54F4-11e5", nth_id(0x10)):
+        assert shown_ids(browse(client, "/search", id=searched)) == [nth_id(0x10)]
 
 
 def test_what_a_search_found_has_pages_too(client: FlaskClient) -> None:
     made, text = posted(client, 45), browse(client, "/search", id="0000")
     seen = shown_ids(text)
-    while more := ways(text).get("More"):
+    while more := links(text).get("More"):
         seen += shown_ids(text := browse(client, more))
     assert seen == made
 
@@ -363,11 +359,11 @@ def test_a_search_that_finds_nothing_says_so(client: FlaskClient, searched: str)
 
 def test_the_page_needs_no_file_from_elsewhere(client: FlaskClient) -> None:
     post(client)
-    links = re.findall(r'(?:href|src)="([^"]+)"', browse(client, "/"))
-    assert links
-    for link in links:
-        assert link.startswith("/")
-        assert client.get(link, buffered=True).status_code == 200
+    files = re.findall(r'(?:href|src)="([^"]+)"', browse(client, "/"))
+    assert files
+    for file in files:
+        assert file.startswith("/")
+        assert client.get(file, buffered=True).status_code == 200
 
 
 def test_the_description_names_every_route_and_its_methods(client: FlaskClient) -> None:
@@ -394,17 +390,6 @@ def test_any_other_host_is_answered_421_with_advice_but_a_probe_may_name_any(cli
     assert outcome(post(client, headers={"Host": host}))[0] == 421
     assert client.get("/healthz", headers={"Host": host}).status_code == 200
     assert widget_ids(client) == []
-
-
-OPTIONS = "--port=0", "--fail-rate=1.1", "--latency=-1", "--outage=5", "--outage=1:2:3"
-HOSTS = "--allowed-host=", "--allowed-host=x:80", "--allowed-host=http://x"
-
-
-@pytest.mark.parametrize("option", OPTIONS + HOSTS)
-def test_a_wrong_option_is_one_line_and_exit_2(tmp_path: Path, option: str) -> None:
-    ended = run_command(cli, option, "--database", tmp_path / "missing" / "file")  # with which it cannot start
-    assert (ended.code, ended.out, len(ended.err.splitlines())) == (2, "", 1)
-    assert ended.err.startswith("error: ")
 
 
 @pytest.mark.parametrize(
@@ -440,7 +425,7 @@ def test_a_bug_is_answered_500_without_its_traceback(client: FlaskClient) -> Non
 def test_the_fail_rate_is_the_share_of_valid_requests_answered_500(start: Start) -> None:
     random.seed(1)
     client = start(Faults(fail_rate=0.3))
-    found = answers(post_batch(client, *(item(str(number), number_n(number)) for number in range(2000))))
+    found = answers(post_batch(client, *(item(str(number), nth_id(number)) for number in range(2000))))
     failed = Counter(status for status, _ in found.values())
     assert failed.keys() == {500, 201}
     assert 500 < failed[500] < 700

@@ -2,13 +2,13 @@
 
 import json
 import resource
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process import Ended, failing, noted_posts, open_as, run_command
+from in_process import Ended, failing, noted_posts, run_command
+from support import LETTERS, REQUESTS, RESPONSES, letter
 
 from claim_queues import (
     JSON,
@@ -25,39 +25,13 @@ from claim_queues import (
 )
 from claim_queues.__main__ import cli
 from claim_queues.checks import Report, check_descriptors, check_state
-from claim_queues.cli import state_path
 from claim_queues.sqlite import SqliteQueues
 
 Use = Callable[..., None]
-REQUESTS, RESPONSES, LETTERS = (f"itchy-octo-chainsaw-{kind}" for kind in ("request", "response", "dead-letter"))
-
-
-@pytest.fixture
-def queues() -> Iterator[Queues]:
-    """The queue file of this user, which the tool takes when it is told nothing."""
-    with SqliteQueues(state_path("queues.sqlite3")) as found:
-        found.create(REQUESTS)
-        yield found
-
-
-@pytest.fixture
-def use(queues: Queues, monkeypatch: pytest.MonkeyPatch) -> Use:
-    """Let the tool open the queue file as another kind of queues, or with other limits."""
-    return partial(open_as, monkeypatch)
 
 
 def tool(*options: object) -> Ended:
     return run_command(cli, *options)
-
-
-def letter(number: int) -> dict[str, JSON]:
-    return {
-        "version": 1,
-        "request_id": f"old-{number}",
-        "body": {"widget_id": f"w{number}", "colour": "red"},
-        "reason": "HTTP 500",
-        "receive_count": 5,
-    }
 
 
 def first_words(ended: Ended) -> list[str]:
@@ -107,7 +81,8 @@ def test_peek_shows_the_oldest_ten_claimed_ones_too_without_claiming_them(queues
     take(queues, REQUESTS)
     ended = tool("peek")
     assert first_words(ended) == ids[:10]
-    assert ended.lines[1].split(" ", 3)[1:] == ["0s", "-", '{"widget_id": "1"}']
+    _, age, *rest = ended.lines[1].split(" ", 3)
+    assert (age[-1], rest) == ("s", ["-", '{"widget_id": "1"}'])
     assert queues.stats(REQUESTS).claimed == 1
 
 
@@ -149,7 +124,7 @@ def test_looking_is_refused_with_the_reason_where_the_service_cannot(command: st
 def test_dead_letters_shows_request_widget_receives_and_reason(queues: Queues) -> None:
     queues.post(LETTERS, [letter(1), letter(2) | {"body": "no request", "reason": "two\nlines"}, {"odd": 1}])
     assert tool("dead-letters").lines == [
-        "old-1 w1 5 HTTP 500",
+        "old-1 w1 5 HTTP 501",
         "old-2 - 5 two\\nlines",
         '- - - not a dead letter: {"odd": 1}',
     ]

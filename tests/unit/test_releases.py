@@ -40,6 +40,8 @@ def test_all_that_wait_can_be_released_at_once_and_what_its_claim_does_not_outli
     releases.add(claim(queues), 61)
 
     assert releases.all() == [waits]
+    queues.release(waits)
+    assert queues.stats("q")[:3] == (1, 1, 0)
 
 
 @pytest.mark.parametrize(("error", "left"), [(QueueUnavailable("gone"), 1), (QueueForbidden("no"), 0)])

@@ -1,7 +1,7 @@
 """What the embedded queue promises beyond the contract: exact times, one transaction each, its file, its waits."""
 
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 
@@ -10,6 +10,8 @@ import pytest
 import structlog.testing
 from backends import bodies
 from doubles.disk import disk_double
+from rig import execute
+from support import is_waiting
 
 from claim_queues import ClaimLost, ConfigError, Post, QueueUnavailable, Settlement, Stats, StoreError, open_queues
 from claim_queues.sqlite import SqliteQueues
@@ -214,7 +216,7 @@ class TestTransactions:
                 disk.synced.clear()
                 operation()
 
-                assert disk.synced == [f"{path}-wal"] * is_synced
+                assert disk.synced == ([f"{path}-wal"] if is_synced else [])
 
     def test_a_settlement_that_fails_half_way_deletes_and_posts_nothing(self, path, queues):
         queues.post("requests", [1, 2])
@@ -271,8 +273,7 @@ class TestBodies:
     @pytest.mark.parametrize(("stored", "body"), [(b"NaN", "NaN"), (b"", ""), (b"{\xff}", "{\ufffd}")])
     def test_what_another_program_or_a_fault_wrote_is_delivered_and_holds_up_nothing(self, path, queues, stored, body):
         queues.post("requests", ["placeholder"])
-        with closing(apsw.Connection(str(path))) as connection:
-            connection.execute("UPDATE messages SET body = ?", (stored,))
+        execute(path, "UPDATE messages SET body = ?", stored)
 
         claim = queues.claim("requests", **HOLD, limit=1)
 
@@ -281,27 +282,23 @@ class TestBodies:
 
 
 class TestWaiting:
-    @staticmethod
-    def is_waiting(looking):
-        return not wait([looking], timeout=0.2).done
-
     @pytest.mark.parametrize("poster", ["this object", "another process"])
-    def test_a_post_is_noticed_long_before_the_next_look_for_what_time_has_freed(self, path, background, poster):
+    def test_a_post_is_noticed_long_before_the_next_look_for_what_time_has_freed(
+        self, path, background, poster, monkeypatch
+    ):
+        monkeypatch.setattr("claim_queues.sqlite.LOOK_AGAIN_S", NEVER_S)
         with SqliteQueues(path) as queues, SqliteQueues(path) as other:
             queues.create("requests")
-            started = time.monotonic()
             for number in range(60):
                 looking = background.submit(queues.claim, "requests", **HOLD, limit=1, wait=NEVER_S)
-                assert not wait([looking], timeout=0.01).done
+                assert is_waiting(looking, 0.01)
                 (queues if poster == "this object" else other).post("requests", [number])
                 assert bodies(looking.result(SOON_S)) == [number]
-
-            assert time.monotonic() - started < 10  # 15 s, if each waited for that look; 1 s otherwise
 
     def test_a_browser_that_waits_for_a_missing_file_sees_what_is_posted_to_it(self, path, background):
         with SqliteQueues(path) as queues, SqliteQueues(path) as other:
             looking = background.submit(queues.browse, "responses", wait=NEVER_S)
-            assert self.is_waiting(looking)
+            assert is_waiting(looking)
 
             other.post("responses", ["made"])
 
@@ -310,7 +307,7 @@ class TestWaiting:
     def test_a_consumer_notices_a_file_that_is_removed_while_it_waits(self, path, queues, background):
         queues.create("requests")
         looking = background.submit(queues.claim, "requests", **HOLD, limit=1, wait=NEVER_S)
-        assert self.is_waiting(looking)
+        assert is_waiting(looking)
 
         path.unlink()
 
@@ -319,8 +316,8 @@ class TestWaiting:
 
     def test_an_idle_wait_takes_little_time_of_the_processor(self, queues):
         queues.create("requests")
-        started = time.process_time()
+        started = time.thread_time()
 
         assert queues.claim("requests", **HOLD, limit=1, wait=2) is None
 
-        assert time.process_time() - started < 0.4
+        assert time.thread_time() - started < 0.4

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import apsw
 import pytest
 from doubles.disk import disk_double
-from support import HERE
+from support import HERE, is_waiting
 
 from claim_queues import QueueUnavailable, StoreError
 from claim_queues.sqlite import Store
@@ -128,7 +128,6 @@ def test_a_name_that_sqlite_would_take_for_something_else_is_a_file(tmp_path, mo
         assert (tmp_path / ":memory:").is_file()
 
 
-@pytest.mark.timeout(10)
 def test_what_is_not_a_regular_file_is_refused_without_waiting_for_it(path, tmp_path):
     os.mkfifo(path)
 
@@ -178,6 +177,8 @@ def test_a_damaged_file_is_refused(path, refused):
     path.write_bytes(content[:100] + b"\xff" * (len(content) - 100))
 
     refused("malformed")
+    path.write_bytes(content[:-1_000])
+    refused("is damaged")
 
 
 @pytest.mark.parametrize(("is_there", "log"), [(True, "-wal"), (False, "-wal"), (False, "-journal")])
@@ -249,7 +250,7 @@ def test_a_new_file_that_another_process_uses_for_a_moment_is_waited_for(path, u
     with closing(apsw.Connection(str(path))) as other, ThreadPoolExecutor(1) as pool:
         other.execute(use)
         opening = pool.submit(names, path)
-        assert not wait([opening], timeout=0.2).done
+        assert is_waiting(opening)
 
         other.execute("COMMIT")
 
