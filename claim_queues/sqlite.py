@@ -138,7 +138,8 @@ class Store:
 
     def _prepare(self) -> bool:
         """Make a missing file, refuse what SQLite would overwrite or wait for. Returns whether the file has a log."""
-        log, journal = (Path(f"{self.path.resolve()}{end}") for end in ("-wal", "-journal"))
+        real = os.path.realpath(self.path)  # Path.resolve() raises RuntimeError where links go round in a circle
+        log, journal = (Path(f"{real}{end}") for end in ("-wal", "-journal"))
         has_log = log.exists()
         if (has_log or journal.exists()) and not self.path.exists():
             raise StoreError(f"{self.path}: is missing, but its log is there: put it back, or move the log away too")
@@ -178,16 +179,24 @@ class Store:
         if not self._lock.acquire(timeout=BUSY_TIMEOUT_MS / 1000):
             raise QueueUnavailable(f"{self.path}: locked: other threads wait for it")
         try:
-            yield
-        except (apsw.BusyError, apsw.LockedError) as error:
-            raise QueueUnavailable(f"{self.path}: locked by another process") from error
-        except OSError as error:
-            raise StoreError(f"{self.path}: {error.strerror}: make its directory, or name another file") from error
-        except (apsw.Error, UnicodeError) as error:
-            hint = "it was left as it is: make room, check its permissions, restore a copy or name another file"
-            raise StoreError(f"{self.path}: {error}: {hint}") from error
+            with _our_errors(self.path):
+                yield
         finally:
             self._lock.release()
+
+
+@contextmanager
+def _our_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (apsw.BusyError, apsw.LockedError) as error:
+        raise QueueUnavailable(f"{path}: locked by another process") from error
+    except OSError as error:
+        hint = "make its directory and give access to it, or name another file"
+        raise StoreError(f"{path}: {error.strerror}: {hint}") from error
+    except (apsw.Error, UnicodeError) as error:
+        hint = "it was left as it is: make room, check its permissions, restore a copy or name another file"
+        raise StoreError(f"{path}: {error}: {hint}") from error
 
 
 def _start_log_again(file: apsw.Connection, name: str, pages: int) -> int:
@@ -359,8 +368,12 @@ class SqliteQueues(Queues):
     def _found(self, queue: str) -> Store | None:
         """The file, or None while it does not exist: looking does not make it."""
         check_queue(queue)
-        if self._store is None and not self._path.exists():
-            return None
+        if self._store is None:
+            with _our_errors(self._path):
+                try:
+                    self._path.stat()
+                except FileNotFoundError:
+                    return None
         store = self._file(queue)
         store.check()
         return store

@@ -94,6 +94,13 @@ class TestFile:
         queues.create("requests")
         assert queues.exists("never-used")
 
+    @pytest.mark.parametrize("name", ["x" * 300, "loop", "a file/it"])
+    def test_a_place_where_no_file_can_be_is_not_an_empty_queue(self, tmp_path, name):
+        (tmp_path / "loop").symlink_to("loop")
+        (tmp_path / "a file").touch()
+        with SqliteQueues(tmp_path / name) as queues, pytest.raises(StoreError, match="name another file"):
+            queues.stats("requests")
+
     def test_a_file_that_was_removed_is_no_empty_queue(self, path, queues):
         queues.create("requests")
         path.unlink()

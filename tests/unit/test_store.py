@@ -138,9 +138,15 @@ def test_what_is_not_a_regular_file_is_refused_without_waiting_for_it(path, tmp_
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("missing/it", "make its directory"), ("x" * 300, "make its directory"), (os.fsdecode(b"\xff"), "surrogates")],
+    [
+        ("missing/it", "make its directory"),
+        ("x" * 300, "File name too long"),
+        ("loop", "Too many levels of symbolic links"),
+        (os.fsdecode(b"\xff"), "surrogates"),
+    ],
 )
 def test_a_place_where_no_file_can_be_made_is_named_with_the_reason(tmp_path, name, reason):
+    (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(StoreError, match=f"{tmp_path}/{name}: .*{reason}"):
         opened(tmp_path / name)
 
