@@ -22,7 +22,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = tmp_path_factory.mktemp("plain")
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     files = ["-r", HERE / "requirements.txt", "-r", HERE / "tests" / "requirements.txt"]
-    for wanted in [files] if sys.version_info >= (3, 12) else [[DEBIAN_12], files]:
+    for wanted in [files] if sys.version_info >= (3, 12) else [[DEBIAN_12, "wheel"], files]:
         command = [environment / "bin" / "pip", "install", "--quiet", *wanted]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
