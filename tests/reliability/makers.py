@@ -30,7 +30,7 @@ def failed(maker: ScriptedMaker) -> str:
 
 
 def good_ones(maker: ScriptedMaker, count: int, most: float) -> tuple[float, str, str]:
-    """In how many seconds so many are made, at most so many, beside the others; and lines where that went wrong."""
+    """In how many seconds so many are made, at most so many, next to the others; and lines where that went wrong."""
     took = seconds_until(lambda: len(maker.made) >= count, 300)
     return took, failed(maker), f"the good ones took {took} s, not {most:g}" if took > most else ""
 
